@@ -1,0 +1,38 @@
+# Everything a fresh Debian 12 with git, make and Python 3.11 needs is installed from here.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: run test lint bench lock clean packages
+run: $(VENV)/.run                    ## serve the built-in demo on nbd://127.0.0.1:10809
+	$(BIN)/nbdmap serve
+
+test: $(VENV)/.dev packages          ## everything: unit, real clients, and Debian's kernel in QEMU
+	tools/test
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev packages         ## nbdmap beside nbdkit, qemu-nbd and nbd-server on the same file
+	$(BIN)/python -m bench
+
+packages:                            ## the Debian packages of the tests (as root; others are told what is missing)
+	tools/packages
+
+$(VENV)/.run: requirements.lock pyproject.toml tools/venv
+	tools/venv $(PYTHON) $(VENV) requirements.lock
+	touch $@
+
+$(VENV)/.dev: requirements-dev.lock pyproject.toml tools/venv
+	tools/venv $(PYTHON) $(VENV) requirements-dev.lock
+	touch $@ $(VENV)/.run
+
+lock: $(VENV)/.dev                   ## renew the lock files from pyproject.toml
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml -o requirements.lock
+	$(BIN)/uv pip compile -q --universal --generate-hashes --no-header --no-annotate --no-emit-index-url --python-version 3.11 pyproject.toml --group dev -o requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,1 @@
+"""nbdmap: the device mapper in user space, served over NBD."""

@@ -1,0 +1,84 @@
+"""The exception tree: every failure names the thing, the place and the reason, and knows its errno.
+
+`errno` is the kernel's number for the same failure, so that `nbdmap` prints what `dmsetup` would and the NBD edge maps it to
+one of the eight numbers of that protocol. The translation happens once, at the edge that talks to the client.
+"""
+
+import errno as _errno
+
+
+class NbdmapError(Exception):
+    """Base of all declared failures. `message` is one line for a human; `errno` is Linux's number."""
+
+    errno: int = _errno.EIO
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class IoFailed(NbdmapError):
+    """An I/O request failed. The errno is the device's own, EIO unless it said another."""
+
+    def __init__(self, message: str, errno: int = _errno.EIO) -> None:
+        super().__init__(message)
+        self.errno = errno
+
+
+class InvalidArgument(NbdmapError):
+    """A table, message, verb or configuration says something that cannot be."""
+
+    errno = _errno.EINVAL
+
+
+class NotFound(NbdmapError):
+    """A path, export or key that is named does not exist."""
+
+    errno = _errno.ENOENT
+
+
+class NoSuchDevice(NbdmapError):
+    """No mapped device has this name, uuid or number."""
+
+    errno = _errno.ENXIO
+
+
+class Busy(NbdmapError):
+    """The name is taken or the device is open."""
+
+    errno = _errno.EBUSY
+
+
+class AccessRefused(NbdmapError):
+    """A read-only thing was asked to be writable."""
+
+    errno = _errno.EACCES
+
+
+class Unsupported(NbdmapError):
+    """The device below cannot do this operation."""
+
+    errno = _errno.EOPNOTSUPP
+
+
+class TooLarge(NbdmapError):
+    """A number or a request exceeds its limit."""
+
+    errno = _errno.EOVERFLOW
+
+
+class ProtocolError(NbdmapError):
+    """The NBD peer broke the protocol; the connection cannot go on."""
+
+    errno = _errno.EPROTO
+
+
+class CorruptMetadata(NbdmapError):
+    """Data read from a disk breaks an invariant; the message names the block and the invariant."""
+
+    errno = _errno.EILSEQ
+
+
+def from_os_error(error: OSError, what: str) -> IoFailed:
+    """Translates an OSError met while doing `what` ("read of /srv/a.img at 4096") and keeps its errno."""
+    return IoFailed(f"{what}: {error.strerror or error}", error.errno or _errno.EIO)
