@@ -4,7 +4,7 @@ from enum import IntEnum
 from struct import Struct
 from typing import Final
 
-# --- handshake ---------------------------------------------------------------------------------------------------------
+# --- handshake --------------------------------------------------
 INIT_MAGIC: Final = 0x4E42444D41474943  # "NBDMAGIC"
 OPTION_MAGIC: Final = 0x49484156454F5054  # "IHAVEOPT"
 OLDSTYLE_MAGIC: Final = 0x00420281861253
@@ -58,7 +58,7 @@ class Info(IntEnum):
     BLOCK_SIZE = 3
 
 
-# --- transmission flags ------------------------------------------------------------------------------------------------
+# --- transmission flags --------------------------------------------------
 HAS_FLAGS: Final = 1 << 0
 READ_ONLY: Final = 1 << 1
 SEND_FLUSH: Final = 1 << 2
@@ -74,7 +74,7 @@ SEND_FAST_ZERO: Final = 1 << 11
 BLOCK_STATUS_PAYLOAD: Final = 1 << 12
 
 
-# --- transmission ------------------------------------------------------------------------------------------------------
+# --- transmission --------------------------------------------------
 class Cmd(IntEnum):
     READ = 0
     WRITE = 1

@@ -1,0 +1,276 @@
+"""The mapper: every disk and mapped device of this process, by name, uuid and number.
+
+A reference in a table is looked up in this order: a mapped device (NAME, /dev/mapper/NAME or its major:minor), a disk of
+the configuration (name or number), an NBD URI, a path of a file or block device. What is opened by URI or path is
+shared by everyone who names it in the same mode, and closed after its last user.
+"""
+
+import os
+import re
+import stat
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from nbdmap.block.device import Device
+from nbdmap.block.file import FileDisk
+from nbdmap.block.remote import RemoteDisk
+from nbdmap.control.events import Events
+from nbdmap.dm.device import MappedDevice
+from nbdmap.dm.target import Target
+from nbdmap.errors import AccessRefused, Busy, InvalidArgument, NoSuchDevice, NotFound, from_os_error
+from nbdmap.nbd.uri import parse_uri
+
+MAJOR: Final = 254
+"""Of mapped devices, as Debian's kernel gives it."""
+FILE_MAJOR: Final = 240
+"""Of plain files: the range of numbers that Linux keeps for local use."""
+MEMORY_MAJOR: Final = 1
+REMOTE_MAJOR: Final = 43
+MINORS: Final = 1 << 20
+MAX_NAME: Final = 127
+MAX_UUID: Final = 128
+
+_NUMBER: Final = re.compile(r"(\d{1,10}):(\d{1,10})")
+
+
+def check_name(name: str) -> str:
+    """`name`, if a device may be called so; raises InvalidArgument otherwise."""
+    if not name or len(name.encode()) > MAX_NAME:
+        raise InvalidArgument(f"a device name has 1 to {MAX_NAME} bytes, {name!r} has {len(name.encode())}")
+    if "/" in name or "\0" in name or name in (".", "..", "control"):
+        raise InvalidArgument(f"{name!r} cannot be the name of a device")
+    return name
+
+
+def strip_directory(name: str) -> str:
+    """`NAME` of `/dev/mapper/NAME`."""
+    return name.removeprefix("/dev/mapper/")
+
+
+class Mapper:
+    """Devices by name. One of it in a process; everything it needs is handed to it."""
+
+    def __init__(self, types: Mapping[str, type[Target]], events: Events) -> None:
+        self.types = types
+        self.events = events
+        self.devices: dict[str, MappedDevice] = {}
+        self.disks: dict[str, Device] = {}
+        """The configuration's disks, by name."""
+        self._opened: dict[tuple[str, bool], Device] = {}  # by path or URI and mode, for those that no name stands for
+        self._numbers: dict[str, str] = {}  # the number of each path or URI that was ever opened: it keeps it
+
+    # --- mapped devices --------------------------------------------------------------------------------------------
+
+    def find(self, reference: str) -> MappedDevice:
+        """The device called `reference`: NAME, /dev/mapper/NAME or major:minor. Raises NoSuchDevice."""
+        device = self._mapped(reference)
+        if device is None:
+            raise NoSuchDevice(f"no device {reference!r}")
+        return device
+
+    def _mapped(self, reference: str) -> MappedDevice | None:
+        device = self.devices.get(strip_directory(reference))
+        if device is None and _NUMBER.fullmatch(reference):
+            return next((one for one in self.devices.values() if one.number == reference), None)
+        return device
+
+    def find_uuid(self, uuid: str) -> MappedDevice:
+        """The device with this uuid. Raises NoSuchDevice."""
+        for device in self.devices.values():
+            if device.uuid == uuid:
+                return device
+        raise NoSuchDevice(f"no device with uuid {uuid!r}")
+
+    def create(self, name: str, uuid: str = "", minor: int | None = None) -> MappedDevice:
+        """A new device without a table. Raises Busy when name, uuid or minor number is in use."""
+        check_name(name)
+        self._check_uuid(uuid)
+        if name in self.devices:
+            raise Busy(f"the name {name!r} is in use")
+        used = {device.number for device in self.devices.values()}
+        if minor is None:
+            minor = next(minor for minor in range(MINORS) if f"{MAJOR}:{minor}" not in used)
+        elif not 0 <= minor < MINORS:
+            raise InvalidArgument(f"minor number {minor} is not in the range 0 to {MINORS - 1}")
+        elif f"{MAJOR}:{minor}" in used:
+            raise Busy(f"the minor number {minor} is in use")
+        device = MappedDevice(name, uuid, f"{MAJOR}:{minor}", self.types, self.events.publish)
+        self.devices[name] = device
+        return device
+
+    def _check_uuid(self, uuid: str) -> None:
+        if len(uuid.encode()) > MAX_UUID:
+            raise InvalidArgument(f"a uuid has at most {MAX_UUID} bytes, {uuid!r} has {len(uuid.encode())}")
+        if uuid and any(device.uuid == uuid for device in self.devices.values()):
+            raise Busy(f"the uuid {uuid!r} is in use")
+
+    async def remove(self, device: MappedDevice, *, deferred: bool = False) -> bool:
+        """Removes a device and says whether it is gone: with `deferred` an open one goes at its last close instead.
+
+        Raises Busy when it is open.
+        """
+        if device.openers:
+            if not deferred:
+                raise Busy(f"{device.name} is open ({device.openers} times)")
+            device.deferred_remove = True
+            return False
+        del self.devices[device.name]
+        await device.close()
+        self.events.publish(device, "remove", {})
+        return True
+
+    def rename(self, device: MappedDevice, name: str) -> None:
+        """Gives a device another name. Raises Busy when it is in use."""
+        check_name(name)
+        if name in self.devices:
+            raise Busy(f"the name {name!r} is in use")
+        del self.devices[device.name]
+        device.name = name
+        self.devices[name] = device
+        device.event()
+
+    def set_uuid(self, device: MappedDevice, uuid: str) -> None:
+        """Gives a device that has none a uuid. Raises InvalidArgument when it has one, Busy when another has this one."""
+        if not uuid:
+            raise InvalidArgument("the uuid is empty")
+        if device.uuid:
+            raise InvalidArgument(f"{device.name} already has the uuid {device.uuid!r}")
+        self._check_uuid(uuid)
+        device.uuid = uuid
+        device.event()
+
+    # --- opening ---------------------------------------------------------------------------------------------------
+
+    def opener(self, directory: str = ".") -> "MapperOpener":
+        """What tables open their devices with; relative paths start at `directory`."""
+        return MapperOpener(self, directory)
+
+    async def open(self, reference: str, read_only: bool, directory: str) -> Device:
+        """One opener more for what `reference` names; as Opener.open."""
+        device = self._mapped(reference) or self._disk(reference)
+        if device is None:
+            if _NUMBER.fullmatch(reference):
+                raise NoSuchDevice(f"no device has the number {reference}")
+            device = await self._open_outside(reference, read_only, directory)
+        if device.read_only and not read_only:
+            raise AccessRefused(f"{reference} is read-only; load the table read-only")
+        device.openers += 1
+        return device
+
+    def _disk(self, reference: str) -> Device | None:
+        disk = self.disks.get(reference)
+        if disk is None and _NUMBER.fullmatch(reference):
+            known = [*self.disks.values(), *self._opened.values()]
+            return next((one for one in known if one.number == reference), None)
+        return disk
+
+    async def _open_outside(self, reference: str, read_only: bool, directory: str) -> Device:
+        """What is opened by URI or path, shared with those who have it open in this mode."""
+        if re.match(r"nbds?(\+unix)?:", reference):
+            uri = parse_uri(reference)
+            return await self._share(
+                str(uri), read_only, REMOTE_MAJOR,
+                lambda number: RemoteDisk.connect(uri, name=reference, number=number, read_only=read_only),
+            )  # fmt: skip
+        path = Path(directory, reference)
+        try:
+            found = path.stat()
+        except OSError as error:
+            if isinstance(error, FileNotFoundError):
+                raise NotFound(f"{reference}: no mapped device, disk or file has this name") from None
+            raise from_os_error(error, reference) from error
+        if stat.S_ISBLK(found.st_mode):
+            number = f"{os.major(found.st_rdev)}:{os.minor(found.st_rdev)}"
+            key = f"block {number}"
+            self._numbers[key] = number
+        else:
+            key = f"file {found.st_dev}:{found.st_ino}"
+        return await self._share(
+            key, read_only, FILE_MAJOR,
+            lambda number: FileDisk.open(str(path), name=reference, number=number, read_only=read_only),
+        )  # fmt: skip
+
+    async def _share(
+        self, key: str, read_only: bool, major: int, make: Callable[[str], Awaitable[Device]]
+    ) -> Device:
+        if known := self._opened.get((key, read_only)):
+            return known
+        number = self._numbers.get(key) or self.free_number(major)
+        device = await make(number)
+        if known := self._opened.get((key, read_only)):  # somebody else was quicker
+            await device.close()
+            return known
+        self._numbers[key] = number
+        self._opened[key, read_only] = device
+        return device
+
+    def free_number(self, major: int) -> str:
+        """The lowest major:minor that nothing here, and no real block device, has."""
+        used = {disk.number for disk in self.disks.values()} | set(self._numbers.values())
+        numbers = (f"{major}:{minor}" for minor in range(MINORS))
+        return next(number for number in numbers if number not in used and not os.path.exists(f"/sys/dev/block/{number}"))
+
+    async def release(self, device: Device) -> None:
+        """Takes back one opener; the last closes what no name stands for and ends a deferred remove."""
+        device.openers -= 1
+        if device.openers:
+            return
+        if isinstance(device, MappedDevice):
+            if device.deferred_remove and self.devices.get(device.name) is device:
+                await self.remove(device)
+            return
+        for key, opened in list(self._opened.items()):
+            if opened is device:
+                del self._opened[key]
+                await device.close()
+
+    # --- the whole -------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Suspends (so flushes) and drops every device, uppermost first, and closes the disks."""
+        for device in self.top_down():
+            if not device.suspended:
+                await device.suspend()
+            device.openers = 0
+            device.deferred_remove = False
+        for device in self.top_down():
+            self.devices.pop(device.name, None)
+            await device.close()
+        for disk in self.disks.values():
+            await disk.close()
+        self.disks.clear()
+
+    def top_down(self) -> list[MappedDevice]:
+        """All mapped devices, each before those it stands on."""
+        order: list[MappedDevice] = []
+        seen: set[int] = set()
+
+        def visit(device: Device) -> None:
+            if id(device) in seen or not isinstance(device, MappedDevice):
+                return
+            seen.add(id(device))
+            for table in (device.live, device.inactive):
+                for below in table.devices if table else []:
+                    visit(below)
+            order.append(device)
+
+        for device in self.devices.values():
+            visit(device)
+        return order[::-1]
+
+
+class MapperOpener:
+    """A Mapper's `open` with the directory that relative paths start at."""
+
+    def __init__(self, mapper: Mapper, directory: str) -> None:
+        self._mapper = mapper
+        self._directory = directory
+
+    async def open(self, reference: str, read_only: bool) -> Device:
+        """As Opener.open."""
+        return await self._mapper.open(reference, read_only, self._directory)
+
+    async def release(self, device: Device) -> None:
+        """As Opener.release."""
+        await self._mapper.release(device)

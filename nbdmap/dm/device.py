@@ -1,0 +1,256 @@
+"""A mapped device: a live and an inactive table, suspend and resume, an event counter.
+
+Life cycle, as in the kernel's dm.c and dm-ioctl.c: `load` builds a table into the inactive slot; `resume` swaps it live;
+`suspend` holds new requests in the order they came, waits until none is in flight and flushes what is below. A swap drops
+no request: those that were held run on the new table. A failed load or suspend changes nothing; a target that fails to
+get ready (`preresume`) leaves the device suspended with the new table live.
+
+Invariant: a request runs on exactly one table, the one that was live when it was let in, and that table is closed only
+when it has no request in flight.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from nbdmap.block.device import Device, Extent, Limits
+from nbdmap.block.io import FLUSH, Io, Op
+from nbdmap.dm.args import Args
+from nbdmap.dm.table import Table, TableLine
+from nbdmap.dm.target import Opener, Target
+from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError
+
+_NO_LIMITS = Limits()
+
+
+class EventSink(Protocol):
+    """Where a device's uevents go."""
+
+    def __call__(self, device: "MappedDevice", action: str, keys: Mapping[str, str]) -> None:
+        """`action` is add, change or remove; `keys` are the variables beyond the device's own."""
+        ...
+
+
+class MappedDevice(Device):
+    """A device made of a table. `number` is "major:minor"; `uuid` may be empty; `size` is 0 without a live table."""
+
+    def __init__(self, name: str, uuid: str, number: str, types: Mapping[str, type[Target]], sink: EventSink) -> None:
+        self.name = name
+        self.uuid = uuid
+        self.number = number
+        self.size = 0
+        self.read_only = False
+        self.limits = _NO_LIMITS
+        self.openers = 0
+        self.deferred_remove = False
+        self.event_number = 0
+        self.requests = [0] * len(Op)
+        """Requests let in so far, by Op."""
+        self.bytes_done = [0] * len(Op)
+        """Bytes of those that ended well, by Op."""
+        self.errors = 0
+        self.live: Table | None = None
+        self.inactive: Table | None = None
+        self._types = types
+        self._sink = sink
+        self._gate: asyncio.Future[None] | None = None  # set while suspended: what new requests wait for
+        self._idle: asyncio.Future[None] | None = None  # set while a suspend waits for the last request in flight
+        self._event: asyncio.Future[None] | None = None  # what `wait` waits for
+        self._admin = asyncio.Lock()
+
+    # --- the data path ---------------------------------------------------------------------------------------------
+
+    async def submit(self, io: Io, offset: int) -> None:
+        """As Device.submit. Waits while the device is suspended; EIO when it has no table or the range is beyond it."""
+        while self._gate is not None:
+            await asyncio.shield(self._gate)
+        table = self.live
+        if table is None:
+            raise IoFailed(f"{self.name} has no table")
+        table.in_flight += 1
+        op = io.op
+        self.requests[op] += 1
+        try:
+            await table.submit(io, offset)
+            self.bytes_done[op] += io.length
+        except NbdmapError:
+            self.errors += 1
+            raise
+        finally:
+            table.in_flight -= 1
+            if self._idle is not None and not table.in_flight and not self._idle.done():
+                self._idle.set_result(None)
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """As Device.extents; waits and counts like a request."""
+        while self._gate is not None:
+            await asyncio.shield(self._gate)
+        table = self.live
+        if table is None:
+            raise IoFailed(f"{self.name} has no table")
+        table.in_flight += 1
+        try:
+            return await table.extents(offset, length)
+        finally:
+            table.in_flight -= 1
+            if self._idle is not None and not table.in_flight and not self._idle.done():
+                self._idle.set_result(None)
+
+    # --- tables ----------------------------------------------------------------------------------------------------
+
+    @property
+    def suspended(self) -> bool:
+        """Whether new requests are being held."""
+        return self._gate is not None
+
+    async def load(self, lines: Sequence[TableLine], opener: Opener, read_only: bool) -> None:
+        """Builds a table into the inactive slot, in place of what is there. On any error nothing has changed."""
+        async with self._admin:
+            table = await Table.build(lines, self._types, opener, read_only, self.event)
+            for device in table.devices:
+                if path := _path_to(device, self):
+                    await table.close()
+                    names = " on ".join(one.name for one in [self, *path])
+                    raise InvalidArgument(f"the table would make {self.name} stand on itself: {names}")
+            old, self.inactive = self.inactive, table
+            if old is not None:
+                await old.close()
+
+    async def clear(self) -> None:
+        """Drops the inactive table, if any."""
+        async with self._admin:
+            old, self.inactive = self.inactive, None
+            if old is not None:
+                await old.close()
+
+    async def suspend(self, *, noflush: bool = False) -> None:
+        """Holds new requests, waits for those in flight and, unless `noflush`, flushes the devices below.
+
+        No effect on a suspended device. If it fails or is cancelled, the device runs on as before.
+        """
+        async with self._admin:
+            await self._suspend(noflush)
+
+    async def _suspend(self, noflush: bool) -> None:
+        if self._gate is not None:
+            return
+        table = self.live
+        targets = table.targets if table else []
+        self._gate = asyncio.get_running_loop().create_future()
+        try:
+            for target in targets:
+                await target.presuspend(noflush)
+            if table is not None and table.in_flight:
+                self._idle = asyncio.get_running_loop().create_future()
+                await self._idle
+            if table is not None and not noflush and not table.read_only:
+                await table.submit(Io(FLUSH, 0), 0)
+            for target in targets:
+                await target.postsuspend()
+        except BaseException:
+            for target in targets:
+                await target.resume()
+            self._release()
+            raise
+        finally:
+            self._idle = None
+
+    def _release(self) -> None:
+        gate, self._gate = self._gate, None
+        if gate is not None:
+            gate.set_result(None)
+
+    async def resume(self, *, noflush: bool = False) -> None:
+        """Makes the inactive table live, if there is one (suspending first where needed), and lets requests in.
+
+        Raises InvalidArgument, and leaves everything as it is, when the inactive table no longer fits the devices below.
+        """
+        async with self._admin:
+            table = self.inactive
+            if table is not None:
+                table.check()
+                await self._suspend(noflush)
+                self._swap(table)
+                old, self.inactive = self.live, None
+                self.live = table
+                if old is not None:
+                    await old.close()
+            elif self._gate is None:
+                return
+            for target in self.live.targets if self.live else []:
+                await target.preresume()
+            for target in self.live.targets if self.live else []:
+                await target.resume()
+            self._release()
+        self._sink(self, "change", {})
+
+    def _swap(self, table: Table) -> None:
+        self.size = table.size
+        self.read_only = table.read_only
+        self.limits = table.limits
+
+    async def message(self, sector: int, words: Sequence[str]) -> str:
+        """Hands a message to the target at `sector` and returns its answer; nothing happens without a live table."""
+        if not words:
+            raise InvalidArgument("an empty message")
+        if self.live is None:
+            return ""
+        return await self.live.target_at_sector(sector).message(Args(words))
+
+    async def close(self) -> None:
+        """Drops both tables; the device is gone."""
+        async with self._admin:
+            for table in (self.inactive, self.live):
+                if table is not None:
+                    await table.close()
+            self.inactive = self.live = None
+            self.size = 0
+            self._release()
+        self._wake()
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def event(self, keys: Mapping[str, str] | None = None) -> None:
+        """Counts a table event, wakes who waits for one, and sends a change uevent with `keys`."""
+        self.event_number += 1
+        self._wake()
+        self._sink(self, "change", keys or {})
+
+    def _wake(self) -> None:
+        waited, self._event = self._event, None
+        if waited is not None:
+            waited.set_result(None)
+
+    async def wait(self, number: int | None = None) -> int:
+        """Waits until the event number differs from `number` (default: the present one) and returns it."""
+        if number is None:
+            number = self.event_number
+        while self.event_number == number:
+            if self._event is None:
+                self._event = asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._event)
+        return self.event_number
+
+
+def _tables(device: Device) -> Iterator[Table]:
+    if isinstance(device, MappedDevice):
+        yield from (table for table in (device.live, device.inactive) if table is not None)
+
+
+def _path_to(start: Device, wanted: Device) -> list[Device]:
+    """The devices from `start` down to `wanted`, through live and inactive tables; empty if it does not stand on it."""
+    seen: set[int] = set()
+
+    def walk(device: Device) -> list[Device]:
+        if device is wanted:
+            return [device]
+        if id(device) in seen:
+            return []
+        seen.add(id(device))
+        for table in _tables(device):
+            for below in table.devices:
+                if path := walk(below):
+                    return [device, *path]
+        return []
+
+    return walk(start)

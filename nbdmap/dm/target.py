@@ -1,0 +1,137 @@
+"""The base of all targets: the kernel's `struct target_type`, one method an entry.
+
+A target stands at `begin`..`end` (bytes) of its table and is asked in device coordinates: `offset` counts from the start
+of the mapped device, so a target that shifts subtracts its own begin once, when it is made.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple, Protocol, Self
+
+from nbdmap.block.device import Device, Extent, Limits
+from nbdmap.block.io import Io, Pending
+from nbdmap.dm.args import Args
+from nbdmap.errors import InvalidArgument
+from nbdmap.units import SECTOR
+
+
+class Below(NamedTuple):
+    """A range of a device that a target stands on, in bytes."""
+
+    device: Device
+    start: int
+    length: int
+
+
+class Opener(Protocol):
+    """Finds and opens the devices that tables name."""
+
+    async def open(self, reference: str, read_only: bool) -> Device:
+        """The device that `reference` names (NAME, /dev/mapper/NAME, major:minor, URI or path), one opener more.
+
+        Raises NotFound, AccessRefused or another NbdmapError naming the reference.
+        """
+        ...
+
+    async def release(self, device: Device) -> None:
+        """Takes back one `open`."""
+        ...
+
+
+class Spec:
+    """What a target's constructor is told: its range in bytes, the table's mode, how to open devices, and what to call
+    to raise a table event."""
+
+    def __init__(
+        self, begin: int, length: int, read_only: bool, opener: Opener, raise_event: Callable[[], None]
+    ) -> None:
+        self.begin = begin
+        self.length = length
+        self.read_only = read_only
+        self.raise_event = raise_event
+        self.opened: list[Device] = []
+        self._opener = opener
+
+    async def open(self, reference: str) -> Device:
+        """Opens a device for the life of the table, which gives it back; read-only in a read-only table."""
+        device = await self._opener.open(reference, self.read_only)
+        self.opened.append(device)
+        return device
+
+
+class Target:
+    """One entry of a table. Subclasses set `type_name` and `version` and override what they do differently."""
+
+    type_name: ClassVar[str]
+    version: ClassVar[tuple[int, int, int]]
+    flushed: ClassVar[bool] = True
+    """Whether a flush of the mapped device must reach the devices below this target."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.begin = spec.begin
+        self.length = spec.length
+        self.end = spec.begin + spec.length
+
+    @classmethod
+    async def construct(cls, spec: Spec, args: Args) -> Self:
+        """Makes the target from the words after its type. Raises InvalidArgument naming the word that is wrong."""
+        raise NotImplementedError
+
+    def submit(self, io: Io, offset: int) -> Pending:
+        """Does `io`, which lies inside the target. Never called with FLUSH: that goes to the devices below."""
+        raise NotImplementedError
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """As Device.extents, inside the target."""
+        return [(length, 0)]
+
+    def devices(self) -> list[Below]:
+        """What the target stands on, in the order of its table line: checked, flushed, listed as dependencies."""
+        return []
+
+    def limits(self) -> Limits:
+        """What the target can do: as a rule what all devices below can."""
+        return merge_limits([below.device.limits for below in self.devices()])
+
+    def table(self) -> str:
+        """The words of its table line; `construct(table())` makes the same target."""
+        return ""
+
+    def status(self) -> str:
+        """The words of its status line."""
+        return ""
+
+    async def message(self, args: Args) -> str:
+        """Obeys a message and returns the answer's text, mostly none."""
+        raise InvalidArgument(f"{self.type_name} takes no messages")
+
+    async def presuspend(self, noflush: bool) -> None:
+        """Before new requests are held: issue what is queued, pause jobs."""
+
+    async def postsuspend(self) -> None:
+        """When no request is in flight any more."""
+
+    async def preresume(self) -> None:
+        """Before the first request; a failure leaves the device suspended."""
+
+    async def resume(self) -> None:
+        """The table is live and requests follow."""
+
+    async def close(self) -> None:
+        """The table is being dropped. The devices of `spec.open` are given back by it."""
+
+
+def merge_limits(all_limits: list[Limits]) -> Limits:
+    """What is possible over the whole of several devices or targets at once."""
+    if len(all_limits) == 1:
+        return all_limits[0]
+    return Limits(
+        logical_block=max((one.logical_block for one in all_limits), default=SECTOR),
+        discard=all(one.discard for one in all_limits),
+        zero=all(one.zero for one in all_limits),
+        fast_zero=all(one.fast_zero for one in all_limits),
+        cache=all(one.cache for one in all_limits),
+        sparse=any(one.sparse for one in all_limits),
+        io_min=max((one.io_min for one in all_limits), default=0),
+        io_opt=max((one.io_opt for one in all_limits), default=0),
+        rotational=any(one.rotational for one in all_limits),
+    )
