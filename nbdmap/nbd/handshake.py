@@ -203,9 +203,7 @@ class ServerHandshake:
             self._in_option = True
             if magic != OPTION_MAGIC:
                 raise ProtocolError(f"option magic {magic:#018x}")
-            if len(self.output) > MAX_QUERIES: Final = 1024
-"""Queries of one LIST_META_CONTEXT or SET_META_CONTEXT; more are ERR_TOO_BIG."""
-MAX_PIPELINED_OUTPUT:
+            if len(self.output) > MAX_PIPELINED_OUTPUT:
                 raise ProtocolError("more options were sent than replies were awaited")
             if option == Opt.EXPORT_NAME:
                 if length > MAX_STRING:
