@@ -2,7 +2,7 @@
 
 Follows NetworkBlockDevice/nbd doc/proto.md, fixed newstyle, with TLS, structured replies, extended headers and the metadata
 context base:allocation. The negotiation is one generator that reads like the specification: it yields how many bytes it
-needs next and is sent exactly those; what it raises as ProtocolError closes the session.
+needs next and is sent exactly those (see negotiation.py); what it raises closes the session.
 
 Invariants: no option's data is kept beyond 64 KiB, whatever length it claims; every error reply is sent after all data of
 its option was consumed, so that client and server stay in step; nothing is read from a device here, and an export is only
@@ -13,7 +13,7 @@ REP_INFO with INFO_EXPORT (size and flags of the default export) and REP_ACK, an
 """
 
 import struct
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final, Protocol
@@ -38,6 +38,8 @@ from nbdmap.nbd.constants import (
     Opt,
     Rep,
 )
+from nbdmap.nbd.negotiation import Negotiation, Steps
+from nbdmap.nbd.negotiation import State as State
 
 MAX_OPTION_DATA: Final = 64 << 10
 """Option data that is kept and understood."""
@@ -89,13 +91,6 @@ class TlsMode(Enum):
     REQUIRED = "required"
 
 
-class State(Enum):
-    NEGOTIATING = "negotiating"
-    STARTING_TLS = "starting TLS"
-    TRANSMISSION = "transmission"
-    CLOSED = "closed"
-
-
 @dataclass(frozen=True, slots=True)
 class Session:
     """What was agreed: the export (with the flags that were sent) and how to talk. `contexts`: id -> name.
@@ -118,72 +113,23 @@ class _Refused(Exception):
         self.text = text
 
 
-class ServerHandshake:
-    """One connection's negotiation. The caller moves bytes and watches `state` after each `feed`:
-
-    STARTING_TLS: send `output` in clear, start TLS, then call `tls_started`; feed nothing in between.
-    TRANSMISSION: send `output`; `session` is set and `leftover` holds what the client already sent behind it.
-    CLOSED: send `output` and close; `failure` says why, "" when the client left in good order.
-
-    `shutting_down` may be set at any time. The caller limits the time, and stops feeding while its client does not read.
-    """
+class ServerHandshake(Negotiation):
+    """The server's side; `session` is set once `state` is TRANSMISSION. `shutting_down` may be set at any time."""
 
     def __init__(self, exports: Exports, tls: TlsMode = TlsMode.OFF) -> None:
-        self.output = bytearray(GREETING.pack(INIT_MAGIC, OPTION_MAGIC, FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES))
-        self.state = State.NEGOTIATING
-        self.failure = ""
-        self.leftover = b""
+        super().__init__()
+        self.output += GREETING.pack(INIT_MAGIC, OPTION_MAGIC, FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)
         self.shutting_down = False
         self.session: Session
         self._exports = exports
         self._tls = tls
         self._encrypted = False
         self._no_zeroes = False
-        self._in_option = False
         self._forget()
-        self._received = bytearray()
-        self._steps = self._negotiate()
-        self._needed = next(self._steps)
-
-    # --- the driver ----------------------------------------------------------------------------------------------------
-    def feed(self, data: bytes | bytearray | memoryview) -> None:
-        """Takes bytes from the client. Never raises for what the client sent."""
-        if self.state is State.CLOSED:
-            return
-        self._received += data
-        used = 0
-        try:
-            while self.state is State.NEGOTIATING and len(self._received) - used >= self._needed:
-                piece = bytes(self._received[used : used + self._needed])
-                used += len(piece)
-                self._needed = self._steps.send(piece)
-            if self.state is State.STARTING_TLS and len(self._received) > used:
-                raise ProtocolError("bytes in clear behind STARTTLS")
-        except ProtocolError as error:
-            self._close(error.message)
-        del self._received[:used]
-        if self.state is State.TRANSMISSION:
-            self.leftover += bytes(self._received)
-            self._received.clear()
-
-    def eof(self) -> None:
-        """The client closed its side."""
-        if self.state is not State.CLOSED:
-            inside = self._received or self._in_option
-            self._close("the client left in the middle of a message" if inside else "")
 
     def tls_started(self) -> None:
-        """TLS is up: everything the client said before is forgotten. Raises ProtocolError if it spoke in clear meanwhile."""
-        if self.state is not State.STARTING_TLS:
-            raise ProtocolError(self.failure or "TLS was not asked for")
+        super().tls_started()
         self._encrypted = True
-        self._forget()
-        self.state = State.NEGOTIATING
-
-    def _close(self, failure: str) -> None:
-        self.state = State.CLOSED
-        self.failure = failure
-        self._received.clear()
 
     def _forget(self) -> None:
         self._structured = False
@@ -192,15 +138,15 @@ class ServerHandshake:
         self._contexts_of = ""
 
     # --- the negotiation -----------------------------------------------------------------------------------------------
-    def _negotiate(self) -> Generator[int, bytes, None]:
+    def _negotiate(self) -> Steps:
         flags = _U32.unpack((yield _U32.size))[0]
         if flags & ~(FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES):
             raise ProtocolError(f"unknown client flags {flags:#x}")
         self._no_zeroes = bool(flags & FLAG_NO_ZEROES)
         for _ in range(MAX_OPTIONS):
-            self._in_option = False
+            self._between = True
             magic, option, length = OPTION.unpack((yield OPTION.size))
-            self._in_option = True
+            self._between = False
             if magic != OPTION_MAGIC:
                 raise ProtocolError(f"option magic {magic:#018x}")
             if len(self.output) > MAX_PIPELINED_OUTPUT:
@@ -223,6 +169,8 @@ class ServerHandshake:
 
     def _haggle(self, option: int, data: bytes | None) -> None:
         """Answers one option. `data` is None when it was too much to keep."""
+        if option == Opt.SET_META_CONTEXT:
+            self._contexts = {}  # it replaces them even when it fails
         try:
             self._check_allowed(option)
             known = _OPTIONS.get(option)
@@ -231,8 +179,6 @@ class ServerHandshake:
             if option == Opt.ABORT:
                 data = b""
             if data is None:
-                if option == Opt.SET_META_CONTEXT:
-                    self._contexts = {}
                 raise _Refused(Rep.ERR_TOO_BIG, f"more than {MAX_OPTION_DATA} bytes of data")
             if data and option in _WITHOUT_DATA:
                 raise _Refused(Rep.ERR_INVALID, f"{Opt(option).name} has no data")
@@ -273,7 +219,7 @@ class ServerHandshake:
 
     def _abort(self, option: int, _data: bytes) -> None:
         self._reply(option, Rep.ACK)
-        self._close("")
+        self._close(ProtocolError(""))
 
     def _list(self, option: int, _data: bytes) -> None:
         try:
@@ -326,10 +272,8 @@ class ServerHandshake:
     def _meta_context(self, option: int, data: bytes) -> None:
         """LIST_META_CONTEXT tells what can be selected, SET_META_CONTEXT selects; a failed SET selects nothing."""
         selecting = option == Opt.SET_META_CONTEXT
-        if selecting:
-            self._contexts = {}
-            if not (self._structured or self._extended):
-                raise _Refused(Rep.ERR_INVALID, "metadata contexts need structured replies or extended headers")
+        if selecting and not (self._structured or self._extended):
+            raise _Refused(Rep.ERR_INVALID, "metadata contexts need structured replies or extended headers")
         name, queries = _meta_query(data)
         self._find(name)
         if BASE_ALLOCATION in queries or (not selecting and (not queries or "base:" in queries)):
