@@ -8,7 +8,7 @@ shared by everyone who names it in the same mode, and closed after its last user
 import os
 import re
 import stat
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,7 @@ from nbdmap.block.file import FileDisk
 from nbdmap.block.remote import RemoteDisk
 from nbdmap.control.events import Events
 from nbdmap.dm.device import MappedDevice
+from nbdmap.dm.table import TableLine
 from nbdmap.dm.target import Target
 from nbdmap.errors import AccessRefused, Busy, InvalidArgument, NoSuchDevice, NotFound, from_os_error
 from nbdmap.nbd.uri import parse_uri
@@ -55,6 +56,7 @@ class Mapper:
         self.types = types
         self.events = events
         self.devices: dict[str, MappedDevice] = {}
+        self._made: dict[str, MappedDevice] = {}  # being created: their names, uuids and numbers are taken
         self.disks: dict[str, Device] = {}
         """The configuration's disks, by name."""
         self._opened: dict[tuple[str, bool], Device] = {}  # by path or URI and mode, for those that no name stands for
@@ -82,27 +84,55 @@ class Mapper:
                 return device
         raise NoSuchDevice(f"no device with uuid {uuid!r}")
 
-    def create(self, name: str, uuid: str = "", minor: int | None = None) -> MappedDevice:
-        """A new device without a table. Raises Busy when name, uuid or minor number is in use."""
+    async def create(
+        self,
+        name: str,
+        uuid: str = "",
+        minor: int | None = None,
+        table: Sequence[TableLine] | None = None,
+        read_only: bool = False,
+        directory: str = ".",
+    ) -> MappedDevice:
+        """A new device, with `table` live if one is given. It is seen by nobody before it is complete.
+
+        Raises Busy when name, uuid or minor number is in use, and what the table raises.
+        """
         check_name(name)
         self._check_uuid(uuid)
-        if name in self.devices:
+        if name in self.devices or name in self._made:
             raise Busy(f"the name {name!r} is in use")
-        used = {device.number for device in self.devices.values()}
+        device = MappedDevice(name, uuid, self._mapped_number(minor), self.types, self.events.publish)
+        self._made[name] = device
+        try:
+            if table is not None:
+                await device.load(table, self.opener(directory), read_only)
+                await device.resume()
+        except BaseException:
+            await device.close()
+            raise
+        finally:
+            del self._made[name]
+        self.devices[name] = device
+        self.events.publish(device, "add", {})
+        return device
+
+    def _mapped_number(self, minor: int | None) -> str:
+        used = {device.number for device in self._all()}
         if minor is None:
             minor = next(minor for minor in range(MINORS) if f"{MAJOR}:{minor}" not in used)
         elif not 0 <= minor < MINORS:
             raise InvalidArgument(f"minor number {minor} is not in the range 0 to {MINORS - 1}")
         elif f"{MAJOR}:{minor}" in used:
             raise Busy(f"the minor number {minor} is in use")
-        device = MappedDevice(name, uuid, f"{MAJOR}:{minor}", self.types, self.events.publish)
-        self.devices[name] = device
-        return device
+        return f"{MAJOR}:{minor}"
+
+    def _all(self) -> list[MappedDevice]:
+        return [*self.devices.values(), *self._made.values()]
 
     def _check_uuid(self, uuid: str) -> None:
         if len(uuid.encode()) > MAX_UUID:
             raise InvalidArgument(f"a uuid has at most {MAX_UUID} bytes, {uuid!r} has {len(uuid.encode())}")
-        if uuid and any(device.uuid == uuid for device in self.devices.values()):
+        if uuid and any(device.uuid == uuid for device in self._all()):
             raise Busy(f"the uuid {uuid!r} is in use")
 
     async def remove(self, device: MappedDevice, *, deferred: bool = False) -> bool:
@@ -123,7 +153,7 @@ class Mapper:
     def rename(self, device: MappedDevice, name: str) -> None:
         """Gives a device another name. Raises Busy when it is in use."""
         check_name(name)
-        if name in self.devices:
+        if name in self.devices or name in self._made:
             raise Busy(f"the name {name!r} is in use")
         del self.devices[device.name]
         device.name = name
@@ -224,6 +254,13 @@ class Mapper:
             if opened is device:
                 del self._opened[key]
                 await device.close()
+
+    def describe_disks(self) -> dict[str, dict[str, str]]:
+        """Every open disk by a name that a configuration can use, with what it is and its number."""
+        named = {name: (disk, name) for name, disk in self.disks.items()}
+        for index, disk in enumerate(self._opened.values()):
+            named[f"disk{index}"] = (disk, disk.name)
+        return {name: {"source": source, "number": disk.number} for name, (disk, source) in named.items()}
 
     # --- the whole -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,367 @@
+"""One client: handshake, TLS, and then its requests, run as they arrive.
+
+All requests that have arrived are parsed and started in one wake-up, each driven eagerly; those that are done at once leave
+together in one `writelines`. A request that waits goes on in a task of its own and answers when it is done. Bounded on
+all sides: MAX_REQUESTS and MAX_BYTES in flight, MAX_UNSENT bytes of replies that the client does not read, MAX_BATCH
+requests before other connections have their turn; beyond any of them nothing more is parsed or received.
+"""
+
+import asyncio
+import logging
+import ssl
+from typing import Final, Protocol, cast
+
+from nbdmap.block.device import Device
+from nbdmap.block.io import Pending, continue_eager
+from nbdmap.errors import NbdmapError, ProtocolError
+from nbdmap.nbd.constants import CMD_FLAG_FAST_ZERO, Cmd, Error
+from nbdmap.nbd.handshake import Exports, ServerHandshake, State, TlsMode
+from nbdmap.nbd.transmission import Request, RequestReader, wire_error
+from nbdmap.server.door import Door
+from nbdmap.server.serving import Reply, Serving
+from nbdmap.units import KIB, MIB
+
+MAX_REQUESTS: Final = 64
+MAX_BYTES: Final = 64 * MIB
+MAX_UNSENT: Final = 4 * MIB
+MAX_BATCH: Final = 256
+BATCH_BYTES: Final = MIB
+"""Replies of one wake-up are handed to the transport when they reach this size, so that it can say stop."""
+HANDSHAKE_SECONDS: Final = 10.0
+HANDSHAKE_BUFFER: Final = 4 * KIB
+
+_DISC: Final = int(Cmd.DISC)
+_FLUSH: Final = int(Cmd.FLUSH)
+
+log = logging.getLogger(__name__)
+
+
+class DeviceExports(Exports, Protocol):
+    """What the server serves: exports to negotiate, and the devices behind them."""
+
+    def open(self, name: str) -> Device:
+        """The device of the export with this canonical name, one opener more. Raises NotFound or Busy."""
+        ...
+
+    async def release(self, device: Device) -> None:
+        """Takes back one `open`."""
+        ...
+
+
+class Connection(asyncio.BufferedProtocol):
+    """The protocol object of one client. `server` is told when it comes and goes."""
+
+    def __init__(self, exports: DeviceExports, tls: TlsMode, context: ssl.SSLContext | None, clients: "set[Connection]") -> None:
+        self._exports = exports
+        self._context = context
+        self._clients = clients
+        self._handshake = ServerHandshake(exports, tls)
+        self._handshake_buffer = memoryview(bytearray(HANDSHAKE_BUFFER))
+        self._tls_running = False
+        self._gated = 0  # bytes that were decrypted before start_tls had returned, in the handshake's buffer
+        self._transport: asyncio.Transport
+        self._peer = ""
+        self._device: Device | None = None
+        self._reader: RequestReader | None = None
+        self._door: Door
+        self._serving: Serving
+        self._out: Reply = []
+        self._out_bytes = 0
+        self._flush_due = False
+        self._requests = 0  # in flight, beyond the wake-up that started them
+        self._bytes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._gone: asyncio.Future[None]
+        self._choked = False  # the transport holds more than MAX_UNSENT
+        self._reading = True
+        self._more_due = False
+        self._eof = False
+        self._ending = False  # no more requests are taken; closes when the last is answered
+        self._lost = False
+
+    # --- the transport's calls -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has come: greet it, and give it HANDSHAKE_SECONDS."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=MAX_UNSENT)
+        self._peer = _peer_name(self._transport)
+        self._clients.add(self)
+        self._gone = asyncio.get_running_loop().create_future()
+        self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._expire)
+        self._send_handshake()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go."""
+        if self._reader is not None:
+            return self._reader.get_buffer()
+        return self._handshake_buffer[self._gated :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Bytes have come."""
+        if self._reader is not None:
+            self._reader.advance(nbytes)
+            self._serve()
+        elif self._tls_running and self._handshake.state is State.STARTING_TLS:
+            self._gated += nbytes
+        elif not self._ending:
+            self._handshake.feed(self._handshake_buffer[:nbytes])
+            self._after_handshake()
+
+    def eof_received(self) -> bool:
+        """The client will send no more; what it asked for is still answered, in clear at least: TLS ends both ways."""
+        if self._reader is None:
+            self._handshake.eof()
+            self._after_handshake()
+            return False
+        self._eof = True
+        self._continue_soon()
+        return not self._tls_running
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client is gone. Requests in flight run to their end; then the device is given back."""
+        self._lost = self._ending = True
+        self._deadline.cancel()
+        self._clients.discard(self)
+        if exc is not None:
+            log.debug("%s: connection lost: %s", self._peer, exc)
+        self._release_when_idle()
+
+    def pause_writing(self) -> None:
+        """The client does not read its replies: take no more requests."""
+        self._choked = True
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        self._choked = False
+        self._continue_soon()
+
+    # --- handshake -----------------------------------------------------------------------------------------------------
+
+    def _expire(self) -> None:
+        log.info("%s: no export chosen within %g s", self._peer, HANDSHAKE_SECONDS)
+        self._transport.abort()
+
+    def _send_handshake(self) -> None:
+        if self._handshake.output:
+            self._transport.write(bytes(self._handshake.output))
+            self._handshake.output.clear()
+
+    def _after_handshake(self) -> None:
+        self._send_handshake()
+        state = self._handshake.state
+        if state is State.TRANSMISSION:
+            self._start_transmission()
+        elif state is State.STARTING_TLS:
+            self._start_task(self._start_tls())
+        elif state is State.CLOSED:
+            if self._handshake.failure:
+                log.info("%s: %s", self._peer, self._handshake.failure)
+            self._ending = True
+            self._deadline.cancel()
+            self._transport.close()
+
+    async def _start_tls(self) -> None:
+        assert self._context is not None
+        if self._handshake.state is not State.STARTING_TLS:
+            return  # more came in clear
+        self._tls_running = True  # start_tls takes the transport before it first waits: nothing in clear comes here after this
+        loop = asyncio.get_running_loop()
+        left = max(0.1, self._deadline.when() - loop.time())
+        try:
+            transport = await loop.start_tls(
+                self._transport, self, self._context, server_side=True, ssl_handshake_timeout=left, ssl_shutdown_timeout=1.0
+            )
+            if transport is None:
+                raise ConnectionAbortedError("the client left")
+            self._transport = transport
+            self._transport.set_write_buffer_limits(high=MAX_UNSENT)
+            self._handshake.tls_started()
+        except (OSError, ProtocolError) as error:
+            log.info("%s: TLS: %s", self._peer, error)
+            self._transport.abort()
+            return
+        gated, self._gated = self._gated, 0
+        if gated:
+            self._handshake.feed(self._handshake_buffer[:gated])
+            self._after_handshake()
+
+    def _start_transmission(self) -> None:
+        self._deadline.cancel()
+        session = self._handshake.session
+        try:
+            self._device = self._exports.open(session.export.name)
+        except NbdmapError as error:
+            log.info("%s: %s", self._peer, error.message)
+            self._transport.abort()
+            return
+        log.info("%s: connected to %r", self._peer, session.export.name)
+        self._door = Door(session)
+        self._serving = Serving(self._device, session)
+        self._reader = RequestReader(session.extended)
+        self._reader.feed(self._handshake.leftover)
+        self._handshake_buffer = memoryview(b"")
+        self._serve()
+
+    # --- requests ------------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """Starts the requests that have arrived, as far as the limits allow."""
+        reader = self._reader
+        assert reader is not None
+        borrowed = False
+        try:
+            for _ in range(MAX_BATCH):
+                if self._ending or self._choked or self._requests >= MAX_REQUESTS or self._bytes >= MAX_BYTES:
+                    break
+                request = reader.next()
+                if request is None:
+                    if self._eof:
+                        self._end()
+                    break
+                borrowed |= self._start(request) and request.borrowed
+            else:
+                self._continue_soon()
+        except ProtocolError as error:
+            log.info("%s: %s", self._peer, error.message)
+            self._end()
+        if borrowed:
+            reader.renew()
+        self._flush_out()
+        self._throttle()
+
+    def _start(self, request: Request) -> bool:
+        """Runs one request eagerly. True if it is still running."""
+        if request.command == _DISC:
+            self._end()
+            return False
+        refusal = self._door.check(request)
+        if refusal is not None:
+            self._put(self._serving.replies.error(request, refusal.error, refusal.text))
+            return False
+        reply: Reply = []
+        pending = self._serving.serve(request, reply)
+        try:
+            yielded = pending.send(None)
+        except StopIteration:
+            self._put(*reply)
+            return False
+        except Exception as error:
+            self._put(self._failure(request, error))
+            return False
+        self._requests += 1
+        self._bytes += request.length if request.command <= 1 else 0
+        self._start_task(self._finish(pending, yielded, request, reply))
+        return True
+
+    async def _finish(self, pending: Pending, yielded: object, request: Request, reply: Reply) -> None:
+        """The rest of a request that had to wait."""
+        try:
+            await continue_eager(pending, yielded)
+        except Exception as error:
+            reply = [self._failure(request, error)]
+        except asyncio.CancelledError:
+            reply = [self._serving.replies.error(request, Error.ESHUTDOWN, "the server is shutting down")]
+        self._requests -= 1
+        self._bytes -= request.length if request.command <= 1 else 0
+        self._put(*reply)
+        self._continue_soon()
+
+    def _failure(self, request: Request, error: Exception) -> bytes:
+        if not isinstance(error, NbdmapError):
+            log.error("%s: command %d failed unexpectedly", self._peer, request.command, exc_info=error)
+            return self._serving.replies.error(request, Error.EIO, f"internal error: {type(error).__name__}")
+        flags = request.flags & CMD_FLAG_FAST_ZERO if request.command == Cmd.WRITE_ZEROES else 0
+        return self._serving.replies.error(request, wire_error(error.errno, flags), error.message)
+
+    def _put(self, *buffers: bytes | bytearray) -> None:
+        self._out += buffers
+        for buffer in buffers:
+            self._out_bytes += len(buffer)
+        if self._out_bytes >= BATCH_BYTES:
+            self._flush_out()
+
+    def _flush_out(self) -> None:
+        if self._out and not self._lost:
+            self._transport.writelines(self._out)
+        self._out = []
+        self._out_bytes = 0
+
+    def _continue_soon(self) -> None:
+        """Sends what was put and goes on with the requests that wait, once, at the end of this turn of the loop."""
+        if not self._more_due:
+            self._more_due = True
+            asyncio.get_running_loop().call_soon(self._continue)
+
+    def _continue(self) -> None:
+        self._more_due = False
+        self._flush_out()
+        if self._reader is not None and not self._ending:
+            self._serve()
+        elif self._ending:
+            self._close_when_idle()
+
+    def _throttle(self) -> None:
+        """Receives only while what arrives could be started."""
+        want = not (self._choked or self._ending or self._requests >= MAX_REQUESTS or self._bytes >= MAX_BYTES)
+        if want is not self._reading and not self._lost:
+            self._reading = want
+            if want:
+                self._transport.resume_reading()
+            else:
+                self._transport.pause_reading()
+
+    def _start_task(self, work: Pending) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._check_gone()
+
+    def _check_gone(self) -> None:
+        if self._lost and not self._tasks and self._device is None and not self._gone.done():
+            self._gone.set_result(None)
+
+    # --- the end -------------------------------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        """Takes no more requests, and closes when those in flight are answered."""
+        self._ending = True
+        self._continue_soon()
+
+    def _close_when_idle(self) -> None:
+        if not self._requests:
+            if not self._lost:
+                self._transport.close()
+            self._release_when_idle()
+
+    def _release_when_idle(self) -> None:
+        if self._lost and not self._requests and self._device is not None:
+            device, self._device = self._device, None
+            log.info("%s: left %r", self._peer, device.name)
+            self._start_task(self._exports.release(device))
+        self._check_gone()
+
+    def shut_down(self) -> None:
+        """The server stops: options are refused from now on, requests in flight are finished, then the client is left."""
+        if self._reader is None:
+            self._handshake.shutting_down = True
+            self._transport.close()
+        self._end()
+
+    async def wait_closed(self) -> None:
+        """Ends when the client is gone, its requests are done and its device is given back."""
+        await asyncio.shield(self._gone)
+
+    def kill(self) -> None:
+        """Cancels what is in flight and drops the connection."""
+        for task in self._tasks:
+            task.cancel()
+        self._transport.abort()
+
+
+def _peer_name(transport: asyncio.Transport) -> str:
+    peer = transport.get_extra_info("peername")
+    return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix client"

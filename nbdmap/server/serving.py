@@ -1,0 +1,137 @@
+"""How one request is served: from the request to the device, and from the result to reply buffers.
+
+Each `serve` is a coroutine that ends with the buffers of the reply in `reply`, and raises NbdmapError for a failure.
+"""
+
+from typing import Final
+
+from nbdmap.block.device import HOLE, ZERO, Device, Extent
+from nbdmap.block.io import CACHE, DISCARD, FAST_ZERO, FLUSH, FUA, NO_HOLE, WRITE_ZEROES, Io, Pending, run_all
+from nbdmap.block.io import READ as IO_READ
+from nbdmap.block.io import WRITE as IO_WRITE
+from nbdmap.errors import InvalidArgument
+from nbdmap.nbd.constants import CMD_FLAG_DF, CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, Cmd
+from nbdmap.nbd.handshake import Session
+from nbdmap.nbd.transmission import Replies, Request
+
+SPARSE_READ: Final = 64 << 10
+"""Reads of this size and more look for holes first, where the device may have them."""
+MAX_LENGTH: Final = (1 << 32) - 1
+"""The largest extent that a 32-bit BLOCK_STATUS chunk can say."""
+
+_IO_FLAGS: Final = FUA | NO_HOLE | FAST_ZERO
+_PLAIN: Final = {Cmd.TRIM: DISCARD, Cmd.WRITE_ZEROES: WRITE_ZEROES, Cmd.CACHE: CACHE}
+
+Reply = list[bytes | bytearray]
+
+
+class Serving:
+    """What one session's requests are served with. `device` may change its size; the door keeps to what was agreed."""
+
+    def __init__(self, device: Device, session: Session) -> None:
+        self.replies = Replies(session.structured, session.extended)
+        self._device = device
+        self._extended = session.extended
+        self._size = session.export.size
+        self._contexts = session.contexts
+
+    def serve(self, request: Request, reply: Reply) -> Pending:
+        """The coroutine that serves a request which has passed the door."""
+        command = request.command
+        if request.length == 0 and command != Cmd.FLUSH:
+            reply.append(self.replies.done(request))
+            return _nothing()
+        if command == Cmd.READ:
+            large = self.replies.structured and request.length >= SPARSE_READ
+            if large and self._device.limits.sparse and not request.flags & CMD_FLAG_DF:
+                return self._sparse_read(request, reply)
+            buffer, data = self.replies.read(request)
+            reply.append(buffer)
+            return self._device.submit(Io(IO_READ, request.length, data), request.offset)
+        if command == Cmd.BLOCK_STATUS:
+            return self._block_status(request, reply)
+        reply.append(self.replies.done(request))
+        if command == Cmd.WRITE:
+            assert request.payload is not None
+            io = Io(IO_WRITE, request.length, request.payload, request.flags & FUA)
+            return self._device.submit(io, request.offset)
+        if command == Cmd.FLUSH:
+            return self._device.submit(Io(FLUSH, 0), 0)
+        io = Io(_PLAIN[Cmd(command)], request.length, flags=request.flags & _IO_FLAGS)
+        return self._device.submit(io, request.offset)
+
+    async def _sparse_read(self, request: Request, reply: Reply) -> None:
+        """A large read, with its zeroes as holes. A hole is as true as a read of it would have been at the same moment."""
+        extents = await self._device.extents(request.offset, request.length)
+        covered = sum(length for length, _ in extents)
+        if covered < request.length:
+            extents.append((request.length - covered, 0))
+        pieces = _merge_data(extents)
+        if len(pieces) == 1 and not pieces[0][1]:
+            buffer, data = self.replies.read(request)
+            reply.append(buffer)
+            await self._device.submit(Io(IO_READ, request.length, data), request.offset)
+            return
+        reads: list[Pending] = []
+        offset, end = request.offset, request.offset + request.length
+        for length, hole in pieces:
+            done = offset + length == end
+            if hole:
+                reply.append(self.replies.hole(request, offset, length, done=done))
+            else:
+                buffer, data = self.replies.data(request, offset, length, done=done)
+                reply.append(buffer)
+                reads.append(self._device.submit(Io(IO_READ, length, data), offset))
+            offset += length
+        await run_all(reads)
+
+    async def _block_status(self, request: Request, reply: Reply) -> None:
+        """One chunk for each selected context; there is only base:allocation."""
+        ids, length = self._wanted(request)
+        extents = await self._device.extents(request.offset, length)
+        extents = [(size, flags & (HOLE | ZERO)) for size, flags in extents]
+        if request.flags & CMD_FLAG_REQ_ONE:
+            del extents[1:]
+        if not self._extended:
+            extents = _cut(extents)
+        for number in ids:
+            reply.append(self.replies.block_status(request, number, extents, done=number == ids[-1]))
+
+    def _wanted(self, request: Request) -> tuple[list[int], int]:
+        """The context ids and the length that a BLOCK_STATUS asks for; with a payload these stand in there."""
+        if not request.flags & CMD_FLAG_PAYLOAD_LEN:
+            return list(self._contexts), request.length
+        payload = bytes(request.payload or b"")
+        if len(payload) < 12 or len(payload) % 4:
+            raise InvalidArgument(f"BLOCK_STATUS: a payload of {len(payload)} bytes is not a length and context ids")
+        length = int.from_bytes(payload[:8], "big")
+        ids = [int.from_bytes(payload[at : at + 4], "big") for at in range(8, len(payload), 4)]
+        if len(set(ids)) < len(ids) or not set(ids) <= set(self._contexts):
+            raise InvalidArgument(f"BLOCK_STATUS: context ids {ids} are not all different and negotiated")
+        if not 0 < length <= self._size - request.offset:
+            raise InvalidArgument(f"BLOCK_STATUS of {length} bytes at {request.offset} reaches beyond the end, {self._size}")
+        return ids, length
+
+
+async def _nothing() -> None:
+    """A request for nothing."""
+
+
+def _merge_data(extents: list[Extent]) -> list[tuple[int, bool]]:
+    """(length, is zeroes): runs of data are one; whether they are provisioned does not matter to a read."""
+    pieces: list[tuple[int, bool]] = []
+    for length, flags in extents:
+        zero = bool(flags & ZERO)
+        if pieces and pieces[-1][1] == zero:
+            pieces[-1] = (pieces[-1][0] + length, zero)
+        else:
+            pieces.append((length, zero))
+    return pieces
+
+
+def _cut(extents: list[Extent]) -> list[Extent]:
+    """No extent longer than 32 bits can say; what follows a cut one is left for the client's next question."""
+    for index, (length, flags) in enumerate(extents):
+        if length > MAX_LENGTH:
+            return [*extents[:index], (MAX_LENGTH - MAX_LENGTH % (64 << 10), flags)]
+    return extents
