@@ -1,0 +1,199 @@
+"""Boots Debian's stock kernel under QEMU, without KVM, and runs a shell script in it: the oracle for all that dm does.
+
+    kernel = prepare()
+    kernel.run("section table; dmsetup create z --table '0 8 zero'; dmsetup table z").sections()["table"]
+
+- The guest has every program of `image.PROGRAMS`, busybox for the rest, and the functions of job.sh. No udev runs there:
+  libdevmapper makes the nodes itself (DM_DISABLE_UDEV is set).
+- Image N is /dev/vdb, /dev/vdc, ... and what the job writes to it is kept. The host's 127.0.0.1 is 10.0.2.2.
+- What is built lies in .cache/vm under a hash of all that goes into it; two processes may ask for it at once. One guest runs
+  at a time: two would share two processors and reach their time limits.
+- NBDMAP_VM_KERNEL=FILE.deb boots another kernel package than the one that linux-image-amd64 stands for.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from tests.vm import image
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+CACHE: Final = REPOSITORY / ".cache" / "vm"
+MARK: Final = "@@@"
+COMMAND_LINE: Final = "console=ttyS0 panic=-1 mitigations=off cryptomgr.notests random.trust_cpu=on"
+
+
+class Unavailable(Exception):
+    """This machine cannot boot the guest; the text says what is missing."""
+
+
+class GuestFailed(Exception):
+    """The guest ended without having run the job to its end; the text has the end of its console."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    stdout: str    # the job's stdout and stderr
+    status: int
+    console: str    # the kernel's messages
+
+    def sections(self) -> dict[str, str]:
+        """What was printed behind each `section NAME`."""
+        pieces = re.split(rf"^{MARK}section (.*)\n", self.stdout, flags=re.MULTILINE)
+        return {name: text.removesuffix("\n") for name, text in zip(pieces[1::2], pieces[2::2], strict=True)}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    folder: Path
+    version: str    # as `uname -r` prints it
+
+    def run(self, job: str, images: Sequence[Path] = (), *, seconds: float = 300, memory_mib: int = 1024) -> Result:
+        """Boots, runs the job, powers off; GuestFailed when that takes longer than `seconds`."""
+        with tempfile.TemporaryDirectory(prefix="nbdmap-vm-") as scratch, _locked(CACHE / "running.lock"):
+            folder = Path(scratch)
+            initrd, output, console = folder / "initrd", folder / "output", folder / "console"
+            initrd.write_bytes((self.folder / "boot.cpio").read_bytes() + image.cpio({"job": job.encode() + b"\n"}))
+            output.touch()
+            console.touch()
+            command = self._command(initrd, output, console, images, memory_mib)
+            ended = "QEMU ended"
+            try:
+                done = subprocess.run(
+                    command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False
+                )
+            except subprocess.TimeoutExpired:
+                ended = f"stopped after {seconds} s"
+            else:
+                ended += f" with status {done.returncode}: {done.stderr}" if done.returncode else ""
+            return _result(output.read_bytes(), console.read_bytes(), ended)
+
+    def _command(
+        self, initrd: Path, output: Path, console: Path, images: Sequence[Path], memory_mib: int
+    ) -> list[str]:
+        qemu = image.find_program("qemu-system-x86_64")
+        drives = [f"file={self.folder / 'tools.img'},format=raw,if=virtio,readonly=on"]
+        drives += [f"file={path},format=raw,if=virtio,cache=unsafe,discard=unmap" for path in images]
+        return [
+            *(str(qemu), "-no-user-config", "-nodefaults", "-no-reboot", "-display", "none"),
+            *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(memory_mib)),
+            *("-kernel", str(self.folder / "vmlinux"), "-initrd", str(initrd), "-append", COMMAND_LINE),
+            *("-serial", f"file:{console}", "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net"),
+            *("-device", "virtio-serial-pci", "-chardev", f"file,id=output,path={output}"),
+            *("-device", "virtserialport,chardev=output,name=output"),
+            *(word for drive in drives for word in ("-drive", drive)),
+        ]
+
+
+def _result(output: bytes, console: bytes, ended: str) -> Result:
+    text = output.decode(errors="backslashreplace")
+    messages = console.decode(errors="backslashreplace").replace("\r", "")
+    found = re.search(rf"\n{MARK}status (\d+)\n\Z", text)
+    if found is None:
+        raise GuestFailed(f"{ended}\nconsole: ...{messages[-3000:]}\noutput: ...{text[-3000:]}")
+    return Result(text[: found.start()], int(found[1]), messages)
+
+
+def prepare() -> Kernel:
+    """The kernel and its tools, from the cache or built there; Unavailable when the machine lacks something."""
+    if missing := image.missing_packages():
+        raise Unavailable(f"Debian packages are missing: {' '.join(missing)}")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with _locked(CACHE / "build.lock"):
+        package = _kernel_package()
+        folder = CACHE / _fingerprint(package)
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(prefix="building-", dir=CACHE) as scratch:
+                (finished := Path(scratch) / "finished").mkdir()
+                _build(package, Path(scratch), finished)
+                finished.rename(folder)
+            _prune()
+        return Kernel(folder, (folder / "version").read_text())
+
+
+def _prune() -> None:
+    """Keeps the three newest builds: another checkout's tests may be running on one of them."""
+    builds = sorted(CACHE.glob("*/version"), key=lambda path: path.stat().st_mtime)
+    for version in builds[:-3]:
+        shutil.rmtree(version.parent)
+
+
+def _build(package: Path, scratch: Path, finished: Path) -> None:
+    kernel = scratch / "kernel"
+    image.call("dpkg-deb", "-x", package, kernel)
+    (vmlinuz,) = kernel.glob("boot/vmlinuz-*")
+    (modules,) = kernel.glob("lib/modules/*")
+    image.unpack_kernel(vmlinuz, finished / "vmlinux")
+    image.build_boot_archive(modules, finished / "boot.cpio")
+    image.build_tools_image(modules, scratch / "root", finished / "tools.img")
+    (finished / "version").write_text(modules.name)
+
+
+def _fingerprint(package: Path) -> str:
+    """A name for all that the build depends on."""
+    digest = hashlib.sha256(package.name.encode())
+    for source in sorted(image.HERE.glob("*.sh")):
+        digest.update(source.read_bytes())
+    digest.update((image.HERE / "image.py").read_bytes())
+    for name in image.PROGRAMS:
+        path = image.find_program(name)
+        assert path is not None
+        state = path.stat()
+        digest.update(f"{path} {state.st_size} {state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _kernel_package() -> Path:
+    """The package file of the stock kernel: downloaded once; without a network, the newest one that was."""
+    if chosen := os.environ.get("NBDMAP_VM_KERNEL"):
+        return Path(chosen).resolve()
+    kept = sorted(CACHE.glob("linux-image-*.deb"), key=lambda path: path.stat().st_mtime)
+    try:
+        return _download(kept)
+    except subprocess.CalledProcessError as error:
+        if kept:
+            return kept[-1]
+        raise Unavailable(
+            f"the kernel package linux-image-amd64 cannot be downloaded ({error.stderr.strip()}); try: apt-get update"
+        ) from error
+
+
+def _download(kept: list[Path]) -> Path:
+    name, version = _stock_kernel()
+    for path in kept:
+        if path.name.startswith(f"{name}_{version.replace(':', '%3a')}_"):
+            return path
+    with tempfile.TemporaryDirectory(prefix="download-", dir=CACHE) as scratch:
+        command = f"cd {scratch} && {image.find_program('apt-get')} -qq -o APT::Sandbox::User=root download {name}={version}"
+        image.call("sh", "-c", command)
+        (package,) = Path(scratch).glob("*.deb")
+        return Path(shutil.move(package, CACHE / package.name))
+
+
+def _stock_kernel() -> tuple[str, str]:
+    """Name and version of the package that linux-image-amd64 stands for, asking the archive when nothing is known of it."""
+    for attempt in range(2):
+        if attempt and os.geteuid() == 0:
+            image.call("apt-get", "-qq", "update")
+        shown = subprocess.run(
+            ["apt-cache", "show", "--no-all-versions", "linux-image-amd64"], capture_output=True, text=True, check=False
+        )
+        if found := re.search(r"^Depends: (linux-image-\S+) \(= (\S+)\)", shown.stdout, re.MULTILINE):
+            return found[1], found[2]
+    raise subprocess.CalledProcessError(1, "apt-cache show linux-image-amd64", stderr=shown.stderr)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
