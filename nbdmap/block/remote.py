@@ -1,0 +1,429 @@
+"""A disk that is an export of another NBD server: `far: {nbd: "nbd://10.0.0.2/export"}` or the URI itself in a table.
+
+    0 2097152 linear nbd://10.0.0.2/export 0
+
+Many requests share one connection. When it is lost, requests in flight and new ones wait while the disk connects again,
+and are then sent again; past a deadline they fail with EIO, and later ones fail at once until an attempt in the background
+succeeds. A server that comes back with another size or fewer abilities is refused.
+
+Invariants: what a flush acknowledged is on the server, over every reconnection: acknowledged writes that no flush has covered
+are kept (see unflushed.py) and sent again, in order and completed, before anything else. With `replay=False` they are not
+kept; then the flushes under way at the loss, or else the first one after it, fail. This trusts that nobody else writes to the
+export, and that writes which overlap are not in flight at once.
+"""
+
+import asyncio
+import errno
+import logging
+import os
+import random
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Final
+
+from nbdmap.block.device import Device, Extent, Limits
+from nbdmap.block.io import (
+    CACHE,
+    DISCARD,
+    FAST_ZERO,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    READ,
+    WRITE,
+    WRITE_ZEROES,
+    Io,
+    Pending,
+    run_all,
+)
+from nbdmap.block.link import Link, open_link, tls_context
+from nbdmap.block.unflushed import WRITES, Unflushed
+from nbdmap.errors import AccessRefused, InvalidArgument, IoFailed, NbdmapError, Unsupported
+from nbdmap.nbd import constants as nbd
+from nbdmap.nbd.client import Agreement
+from nbdmap.nbd.constants import Cmd
+from nbdmap.nbd.replies import NOWHERE, Request, whole_blocks
+from nbdmap.nbd.uri import Uri
+from nbdmap.units import GIB, MIB, SECTOR, round_down
+
+MAX_UNFLUSHED: Final = 64 * MIB
+"""The most acknowledged writes that are kept for another time; beyond it the server is told to flush."""
+MAX_EFFECT: Final = GIB
+"""The longest request without payload; longer ones are split."""
+
+_log: Final = logging.getLogger(__name__)
+
+_COMMANDS: Final = {  # op: (command, the flags it may carry); the flags have the protocol's numbers
+    READ: (Cmd.READ, 0),
+    WRITE: (Cmd.WRITE, FUA),
+    DISCARD: (Cmd.TRIM, FUA),
+    WRITE_ZEROES: (Cmd.WRITE_ZEROES, FUA | NO_HOLE | FAST_ZERO),
+    CACHE: (Cmd.CACHE, 0),
+}
+_ABILITIES: Final = (
+    nbd.SEND_FLUSH
+    | nbd.SEND_FUA
+    | nbd.SEND_TRIM
+    | nbd.SEND_WRITE_ZEROES
+    | nbd.SEND_CACHE
+    | nbd.SEND_FAST_ZERO
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Reconnect:
+    """How to connect again: at once, then with pauses from `first_pause_s`, doubled up to `longest_pause_s`, each with jitter.
+
+    Requests wait `deadline_s` from the loss of the connection that carried them. The functions are for tests.
+    """
+
+    first_pause_s: float = 0.1
+    longest_pause_s: float = 5.0
+    deadline_s: float = 10.0
+    random: Callable[[], float] = random.random
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    clock: Callable[[], float] = time.monotonic
+
+
+class _Waiting(Request):
+    """A request of this disk: `answer` is done when it is finished, `lost_at` when its connection was lost first."""
+
+    __slots__ = ("answer", "lost_at", "mark")
+
+    def __init__(self, command: Cmd, offset: int, length: int, data: memoryview, flags: int) -> None:
+        super().__init__(command, offset, length, data, flags)
+        self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost_at: float | None = None
+        self.mark = 0
+
+    def end(self, error: Exception | None = None) -> None:
+        if not self.answer.done():
+            if error is None:
+                self.answer.set_result(None)
+            else:
+                self.answer.set_exception(error)
+
+
+class RemoteDisk(Device):
+    """Made by `connect`. `size` is the export's, rounded down to its logical block."""
+
+    @classmethod
+    async def connect(
+        cls,
+        uri: Uri,
+        *,
+        name: str,
+        number: str,
+        read_only: bool = False,
+        tls: ssl.SSLContext | None = None,
+        reconnect: Reconnect | None = None,
+        replay: bool = True,
+    ) -> "RemoteDisk":
+        """Connects to the export. `tls` replaces the context that the URI's parameters describe. Raises NbdmapError."""
+        disk = cls(uri, tls or tls_context(uri), reconnect or Reconnect(), replay)
+        link = await disk._open()
+        disk._describe(name, number, link.agreement, read_only)
+        disk._link = link
+        return disk
+
+    def __init__(self, uri: Uri, tls: ssl.SSLContext | None, reconnect: Reconnect, replay: bool) -> None:
+        self._uri = uri
+        self._tls = tls
+        self._policy = reconnect
+        self._replay = replay
+        self._agreement: Agreement
+        self._link: Link | None = None
+        self._restoring: Link | None = None
+        self._waiting: dict[_Waiting, None] = {}  # every request that is not finished, oldest first
+        self._refusal = ""  # why requests fail at once
+        self._trouble = ""  # why the last attempt to connect failed
+        self._unflushed = Unflushed(replay)
+        self._relief = asyncio.Lock()
+        self._losses = 0  # how often acknowledged writes were lost, and how many of those a flush has reported
+        self._reported = 0
+        self._pause_s = 0.0
+        self._reconnecting: asyncio.Task[None] | None = None
+        self._deadline: asyncio.Task[None] | None = None
+
+    def _describe(self, name: str, number: str, agreement: Agreement, read_only: bool) -> None:
+        block = max(SECTOR, agreement.minimum_block)
+        flags = agreement.flags
+        self.name = name
+        self.number = number
+        self.size = round_down(agreement.size, block)
+        self.read_only = read_only or bool(flags & nbd.READ_ONLY)
+        self._agreement = agreement
+        self._payload = round_down(min(agreement.maximum_block, nbd.MAX_PAYLOAD), block)
+        if not self._payload:
+            raise InvalidArgument(f"{self._uri}: its largest request is smaller than its smallest")
+        self.limits = Limits(
+            logical_block=block,
+            discard=bool(flags & nbd.SEND_TRIM),
+            zero=bool(flags & nbd.SEND_WRITE_ZEROES),
+            fast_zero=bool(flags & nbd.SEND_WRITE_ZEROES and flags & nbd.SEND_FAST_ZERO),
+            cache=bool(flags & nbd.SEND_CACHE),
+            sparse=agreement.allocation is not None,
+            io_min=agreement.preferred_block,
+            rotational=bool(flags & nbd.ROTATIONAL),
+        )
+
+    # --- requests ------------------------------------------------------------------------------------------------------
+    def submit(self, io: Io, offset: int) -> Pending:
+        """As `Device.submit`; longer requests than the server takes are split."""
+        if io.op == FLUSH:
+            return self._flush()
+        most = self._payload if io.op in (READ, WRITE, CACHE) else MAX_EFFECT
+        if io.length <= most:
+            return self._one(io, offset)
+        starts = range(0, io.length, most)
+        return run_all(self._one(io.part(at, min(most, io.length - at)), offset + at) for at in starts)
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """As `Device.extents`, by BLOCK_STATUS; all data when the server does not tell."""
+        if not self.limits.sparse or (self._link is not None and self._link.agreement.allocation is None):
+            return [(length, 0)]
+        request = await self._perform(Cmd.BLOCK_STATUS, offset, min(length, MAX_EFFECT))
+        if request.error:
+            raise self._failed("block status", request)
+        return whole_blocks(request.extents, self.limits.logical_block) or [(min(length, self.limits.logical_block), 0)]
+
+    async def _one(self, io: Io, offset: int) -> None:
+        """A request that the server takes as it is."""
+        command, allowed = _COMMANDS[io.op]
+        if not io.length:
+            return
+        self._check_supported(io)
+        flags = io.flags & allowed
+        durable_by_flush = flags & FUA and not self._agreement.flags & nbd.SEND_FUA
+        if durable_by_flush:
+            flags &= ~FUA
+        request = await self._perform(command, offset, io.length, io.data, flags)
+        if request.error:
+            if request.error == errno.EOPNOTSUPP:
+                raise Unsupported(self._failed(io.op.name, request).message)
+            raise self._failed(io.op.name, request)
+        if durable_by_flush:
+            await self._flush()
+        elif self._unflushed.size > MAX_UNFLUSHED:
+            await self._relieve()
+
+    def _check_supported(self, io: Io) -> None:
+        op, limits = io.op, self.limits
+        if self.read_only and op in (WRITE, DISCARD, WRITE_ZEROES):
+            raise AccessRefused(f"{self.name} is read-only")
+        missing = (op == DISCARD and not limits.discard) or (op == CACHE and not limits.cache)
+        if op == WRITE_ZEROES:
+            missing = not limits.zero or bool(io.flags & FAST_ZERO and not limits.fast_zero)
+        if missing:
+            raise Unsupported(f"{self.name}: the server cannot do {op.name} with flags {io.flags:#x}")
+
+    async def _flush(self) -> None:
+        """Ends when the server has flushed. Fails, once, when it may have forgotten what it acknowledged."""
+        reported = self._reported
+        if self._agreement.flags & nbd.SEND_FLUSH:
+            request = await self._perform(Cmd.FLUSH, 0, 0)
+            if request.error:
+                raise self._failed("flush", request)
+        if self._losses > reported:
+            self._reported = self._losses
+            raise IoFailed(f"{self.name}: the server forgot writes that it had acknowledged")
+
+    async def _relieve(self) -> None:
+        """Empties the record of unflushed writes when it is full; who comes later waits, and finds it done."""
+        async with self._relief:
+            if self._unflushed.size <= MAX_UNFLUSHED:
+                return
+            mark = self._unflushed.mark()
+            try:
+                request = await self._perform(Cmd.FLUSH, 0, 0)
+            except IoFailed:
+                return  # there is no connection: the record stays for the next one
+            if request.error:
+                self._losses += 1
+                self._unflushed.flushed(mark)
+
+    async def _perform(
+        self, command: Cmd, offset: int, length: int, data: memoryview = NOWHERE, flags: int = 0
+    ) -> _Waiting:
+        """Has the server do one request, over as many connections as that takes; returns it with its answer."""
+        if self._refusal:
+            raise IoFailed(self._refusal)
+        request = _Waiting(command, offset, length, data, flags)
+        request.mark = self._unflushed.mark()
+        self._waiting[request] = None
+        if self._link is not None:
+            self._link.send(request)
+        try:
+            await request.answer
+        except asyncio.CancelledError:
+            self._waiting.pop(request, None)
+            if self._link is not None:
+                self._link.abandon(request)
+            raise
+        return request
+
+    def _failed(self, what: str, request: Request) -> IoFailed:
+        text = request.message or os.strerror(request.error)
+        return IoFailed(f"{what.lower()} of {self.name} at byte {request.offset}: {text}", request.error)
+
+    # --- the connection ------------------------------------------------------------------------------------------------
+    def _open(self) -> Coroutine[None, None, Link]:
+        return open_link(self._uri, self._tls, self._on_answers, self._on_loss)
+
+    def _on_answers(self, link: Link, finished: list[Request]) -> None:
+        """Notes what the server now has, in the order of its answers, and wakes who waits."""
+        leaving = False
+        for request in finished:
+            assert isinstance(request, _Waiting)
+            if request.error == errno.ESHUTDOWN:
+                leaving = True
+                if request in self._waiting:
+                    continue  # for the next connection
+            self._pause_s = 0.0
+            if request in self._waiting:
+                del self._waiting[request]
+                if not request.error and self._agreement.flags & nbd.SEND_FLUSH:
+                    if request.command in WRITES:
+                        self._unflushed.note(request)
+                    elif request.command == Cmd.FLUSH:
+                        self._unflushed.flushed(request.mark)
+            request.end()
+        if leaving:
+            link.hang_up()
+            self._on_loss(link, IoFailed("the server is shutting down", errno.ESHUTDOWN))
+
+    def _on_loss(self, link: Link, error: Exception) -> None:
+        """The connection is gone: its requests wait for the next one."""
+        if link is self._restoring:
+            for request in link.pending:
+                if isinstance(request, _Waiting):
+                    request.end(ConnectionResetError(errno.ECONNRESET, str(error)))
+        if link is not self._link:
+            return
+        self._link = None
+        self._trouble = str(error)
+        _log.info("%s: the connection to %s is lost: %s", self.name, self._uri, error)
+        now = self._policy.clock()
+        for waiting in self._waiting:
+            waiting.restart()
+            if waiting.lost_at is None:
+                waiting.lost_at = now
+        if self._unflushed.dirty and not self._replay:
+            self._losses += 1
+            self._unflushed.flushed(self._unflushed.mark())
+        self._deadline = asyncio.get_running_loop().create_task(self._give_up_late())
+        self._reconnecting = asyncio.get_running_loop().create_task(self._reconnect())
+
+    def _end_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    async def _give_up_late(self) -> None:
+        await self._policy.sleep(self._policy.deadline_s)
+        self._give_up(f"no connection to {self._uri} for {self._policy.deadline_s:g} s: {self._trouble}")
+
+    def _give_up(self, reason: str) -> None:
+        """Fails what waits, and from now on what comes."""
+        refusal = f"{self.name}: {reason}"
+        if refusal != self._refusal:
+            _log.warning("%s", refusal)
+        self._fail_all(refusal)
+
+    def _fail_all(self, refusal: str) -> None:
+        self._refusal = refusal
+        waiting, self._waiting = self._waiting, {}
+        for request in waiting:
+            request.end(IoFailed(refusal))
+
+    async def _reconnect(self) -> None:
+        """Tries until there is a connection to the same export on which everything acknowledged is in place."""
+        policy = self._policy
+        while True:
+            if self._pause_s:
+                await policy.sleep(self._pause_s * (0.5 + policy.random() / 2))
+            self._pause_s = min(policy.longest_pause_s, max(policy.first_pause_s, 2 * self._pause_s))
+            try:
+                link = await self._open()
+            except NbdmapError as error:
+                self._trouble = error.message
+                continue
+            self._restoring = link
+            try:
+                changed = self._changed(link.agreement)
+                if not changed:
+                    await self._restore(link)
+                    break
+                self._end_deadline()
+                self._give_up(f"{self._uri} is not the same any more: {changed}")
+                link.hang_up()
+            except (NbdmapError, OSError) as error:
+                self._trouble = str(error)
+                link.abort()
+            except asyncio.CancelledError:
+                link.abort()
+                raise
+            finally:
+                self._restoring = None
+        self._resume(link)
+
+    def _resume(self, link: Link) -> None:
+        """Sends again, in order, what waited; gives up what has waited too long over several connections."""
+        _log.info("%s: connected to %s again", self.name, self._uri)
+        self._end_deadline()
+        self._link = link
+        self._refusal = ""
+        now = self._policy.clock()
+        for request in list(self._waiting):
+            if request.lost_at is not None and now - request.lost_at > self._policy.deadline_s:
+                del self._waiting[request]
+                request.end(IoFailed(f"{self.name}: given up after more than one connection: {self._trouble}"))
+            elif request.command == Cmd.BLOCK_STATUS and link.agreement.allocation is None:
+                del self._waiting[request]
+                request.extents = [(request.length, 0)]
+                request.end()
+            else:
+                link.send(request)
+
+    def _changed(self, new: Agreement) -> str:
+        """What forbids to go on with a server, or "" for nothing."""
+        old = self._agreement
+        if new.size != old.size:
+            return f"it had {old.size} bytes and has {new.size}"
+        if new.flags & nbd.READ_ONLY and not self.read_only:
+            return "it has become read-only"
+        if old.flags & _ABILITIES & ~new.flags:
+            return f"its flags were {old.flags:#x} and are {new.flags:#x}"
+        if new.minimum_block > self.limits.logical_block or new.maximum_block < self._payload:
+            return f"it takes requests of {new.minimum_block} to {new.maximum_block} bytes"
+        return ""
+
+    async def _restore(self, link: Link) -> None:
+        """Sends the unflushed writes again. Raises when the connection is lost; a write that fails is reported by flush."""
+        for batch in self._unflushed.batches():
+            again = [_Waiting(one.command, one.offset, one.length, one.data, one.flags) for one in batch]
+            if link.closed.done():
+                raise ConnectionResetError(errno.ECONNRESET, "the connection was lost again")
+            for request in again:
+                link.send(request)
+            for request in again:
+                await request.answer
+                if request.error == errno.ESHUTDOWN:
+                    raise IoFailed("the server is shutting down", errno.ESHUTDOWN)
+                if request.error:
+                    _log.warning("%s: %s", self.name, self._failed("repeated write", request).message)
+                    self._losses += 1
+        if link.closed.done():
+            raise ConnectionResetError(errno.ECONNRESET, "the connection was lost again")
+
+    async def close(self) -> None:
+        """Ends everything; requests that still wait fail with EIO."""
+        for task in (self._reconnecting, self._deadline):
+            if task is not None and task is not asyncio.current_task():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._fail_all(f"{self.name} is closed")
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
