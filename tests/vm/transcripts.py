@@ -1,0 +1,168 @@
+"""Records tests/golden: runs the commands of every transcript in Debian's kernel and writes down what it answered.
+
+    .venv/bin/python -m tests.vm.transcripts [FILE...]      # all files of tests/golden/dmsetup without an argument
+    .venv/bin/python -m tests.vm.transcripts --check        # writes nothing; status 1 when a file would change
+
+A transcript is its own script: its commands are kept, its answers replaced. The format is described in
+tests/golden/dmsetup/README.md; `parse` reads it for the tests that replay transcripts, too.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from tests.vm.harness import Kernel, prepare
+
+GOLDEN: Final = Path(__file__).resolve().parents[1] / "golden" / "dmsetup"
+LINE_KINDS: Final = frozenset("#$+<=&%>!~?")
+
+PRELUDE: Final = """
+modprobe loop max_loop=8; modprobe dm-zero
+disk loop0 67108864; disk loop1 67108864; disk loop2 67108864; disk loop3 67108864
+disk loop4 1048576; disk loop5 67108864 --read-only; disk loop6 67108864 --sector-size 4096; disk loop7 1049088
+for file in /sys/block/loop*/queue/read_ahead_kb; do echo 128 >$file; done
+
+hold() { _file=/dev/mapper/$1; sleep 1000 <$_file & echo $! >/run/holder-$1; usleep 200000; }
+release() { kill "$(cat /run/holder-$1)"; rm /run/holder-$1; usleep 200000; }
+log() { dmesg -c | sed -n 's/^\\[[^]]*\\] \\(device-mapper: \\|Buffer I\\/O error\\|dm-\\)/\\1/p'; }
+record() {
+  sh -c '. /job.sh; . /run/command' </run/input >/run/out 2>/run/err; _status=$?
+  printf '\\n@@@step\\n'; cat /run/out; printf '\\n@@@err\\n'; cat /run/err; printf '\\n@@@log\\n'; log
+  printf '\\n@@@end %s\\n' $_status
+}
+clean() {
+  for file in /run/holder-*; do [ -e $file ] && kill "$(cat $file)" && rm $file; done
+  wait; log >/dev/null; dmsetup remove_all --force >/dev/null 2>&1; dmsetup remove_all --force >/dev/null 2>&1
+  printf '\\n@@@left %s\\n' "$(dmsetup info)"; log >/dev/null
+}
+"""
+
+
+@dataclass(slots=True)
+class Step:
+    """One thing that a transcript does, what is given to it, and what it answered."""
+
+    kind: Literal["$", "=", "&", "%"]
+    text: str
+    comments: list[str] = field(default_factory=list)    # the lines before it, as written
+    given: list[str] = field(default_factory=list)    # "<": standard input of "$", or the lines of the file "="
+    stdout: str = ""
+    stderr: str = ""
+    kernel_log: list[str] = field(default_factory=list)
+    status: int = 0
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text)
+
+
+def parse(text: str) -> tuple[list[Step], list[str]]:
+    """The steps, and the comment lines behind the last one."""
+    steps: list[Step] = []
+    comments: list[str] = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        kind, rest = line[:1], line[2:]
+        if kind in {"", "#"}:
+            comments.append(line)
+        elif kind in {"$", "=", "&", "%"}:
+            steps.append(Step(kind, rest, comments))    # type: ignore[arg-type]
+            comments = []
+        elif not steps or kind not in LINE_KINDS:
+            raise ValueError(f"line {number}: not a line of a transcript: {line}")
+        else:
+            _add(steps[-1], kind, rest, "" if line[1:2] == "-" else "\n")
+    return steps, comments
+
+
+def _add(step: Step, kind: str, rest: str, end: str) -> None:
+    if kind == "+":
+        step.text += f"\n{rest}"
+    elif kind == "<":
+        step.given.append(rest)
+    elif kind == ">":
+        step.stdout += rest + end
+    elif kind == "!":
+        step.stderr += rest + end
+    elif kind == "~":
+        step.kernel_log.append(rest)
+    else:
+        step.status = int(rest)
+
+
+def render(steps: Sequence[Step], comments: Iterable[str]) -> str:
+    return "".join(f"{line}\n" for line in [*(line for step in steps for line in _lines(step)), *comments])
+
+
+def _lines(step: Step) -> Iterator[str]:
+    yield from step.comments
+    yield from f"{step.kind} {step.text}".replace("\n", "\n+ ").split("\n")
+    yield from (f"< {line}" if line else "<" for line in step.given)
+    if step.kind == "$":
+        for mark, text in ((">", step.stdout), ("!", step.stderr)):
+            for line in text.splitlines(keepends=True):
+                yield f"{mark} {line[:-1]}" if line.endswith("\n") else f"{mark}-{line}"
+        yield from (f"~ {line}" for line in step.kernel_log)
+        yield f"? {step.status}"
+
+
+def _script(step: Step) -> str:
+    """The shell lines that do the step in the guest."""
+    given = "".join(f"{line}\n" for line in step.given)
+    if step.kind == "=":
+        return f"printf %s {shlex.quote(given)} >{shlex.quote(step.text)}\n"
+    if step.kind == "&":
+        return f"(sleep 1; {step.text}) >/dev/null 2>&1 &\n"
+    if step.kind == "%":
+        return f"{step.text}\n"
+    return f"printf '%s\\n' {shlex.quote(step.text)} >/run/command; printf %s {shlex.quote(given)} >/run/input; record\n"
+
+
+def record(kernel: Kernel, files: Sequence[str]) -> list[str]:
+    """The same transcripts with what the kernel answered."""
+    parsed = [parse(text) for text in files]
+    job = PRELUDE + "".join(
+        f"section {number}\n" + "".join(map(_script, steps)) + "clean\n" for number, (steps, _) in enumerate(parsed)
+    )
+    sections = kernel.run(job, seconds=900).sections()
+    recorded: list[str] = []
+    for number, (steps, comments) in enumerate(parsed):
+        section = sections[str(number)].rstrip("\n")
+        if not section.endswith("\n@@@left No devices found"):
+            raise RuntimeError(f"devices are left behind: {section[-500:]}")
+        recorded.append(render(_answered(steps, section), comments))
+    return recorded
+
+
+def _answered(steps: Sequence[Step], section: str) -> list[Step]:
+    pattern = r"\n@@@step\n(.*?)\n@@@err\n(.*?)\n@@@log\n(.*?)\n@@@end (\d+)\n"
+    answers = iter(re.findall(pattern, section, re.DOTALL))
+    done: list[Step] = []
+    for step in steps:
+        if step.kind == "$":
+            out, err, log, status = next(answers)
+            step = replace(step, stdout=out, stderr=err, kernel_log=log.splitlines(), status=int(status))
+        done.append(step)
+    return done
+
+
+def main(arguments: Sequence[str]) -> int:
+    check = "--check" in arguments
+    named = [Path(word) for word in arguments if word != "--check"]
+    paths = named or sorted(GOLDEN.rglob("*.txt"))
+    before = [path.read_text() for path in paths]
+    changed = False
+    for path, old, new in zip(paths, before, record(prepare(), before), strict=True):
+        if old != new:
+            changed = True
+            print(f"{path}: {'differs' if check else 'recorded'}")
+            if not check:
+                path.write_text(new)
+    return int(check and changed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
