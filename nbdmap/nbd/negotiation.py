@@ -4,6 +4,7 @@ The generator yields a number of bytes, is sent exactly those, appends what it h
 What it raises as an NbdmapError closes the negotiation; nothing that a peer sends is raised out of `feed`. Follows doc/proto.md.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from enum import Enum
 
@@ -19,7 +20,7 @@ class State(Enum):
     CLOSED = "closed"
 
 
-class Negotiation:
+class Negotiation(ABC):
     """One side of one connection. The caller moves bytes and watches `state` after each call:
 
     STARTING_TLS: send `output` in clear, start TLS, then call `tls_started`; feed nothing in between.
@@ -39,12 +40,13 @@ class Negotiation:
         self._needed = next(self._steps)
         self._between = True  # the peer may leave here
 
+    @abstractmethod
     def _negotiate(self) -> Steps:
-        raise NotImplementedError
+        """The negotiation, from the first byte to the last."""
 
+    @abstractmethod
     def _forget(self) -> None:
         """Drops what was agreed in clear."""
-        raise NotImplementedError
 
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         """Takes bytes from the peer. Never raises for what they are."""
