@@ -67,7 +67,8 @@ def parse_table(text: str) -> list[TableLine]:
     return lines
 
 
-def _check_layout(lines: Sequence[TableLine]) -> None:
+def check_layout(lines: Sequence[TableLine]) -> None:
+    """Raises InvalidArgument unless the lines follow one another from 0 on without a gap."""
     if not lines:
         raise InvalidArgument("the table has no targets")
     if len(lines) > MAX_TARGETS:
@@ -107,9 +108,11 @@ class Table:
         read_only: bool,
         raise_event: Callable[[], None],
     ) -> "Table":
-        """Constructs every target of `lines`; `raise_event` is what they call for a table event. On any failure everything opened is given back and the error, which
-        names line, target and word, is raised."""
-        _check_layout(lines)
+        """Constructs every target of `lines`; `raise_event` is what they call for a table event.
+
+        On any failure everything opened is given back and the error, which names line, target and word, is raised.
+        """
+        check_layout(lines)
         targets: list[Target] = []
         opened: list[Device] = []
         try:
