@@ -185,7 +185,7 @@ def at_once(request: Coroutine[Any, Any, object]) -> bool:
     return False
 
 
-async def refusal(request: Awaitable[None]) -> NbdmapError:
+async def refusal(request: Awaitable[object]) -> NbdmapError:
     """The error the request fails with."""
     try:
         await request
