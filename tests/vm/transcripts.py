@@ -18,6 +18,11 @@ from typing import Final, Literal
 from tests.vm.harness import Kernel, prepare
 
 GOLDEN: Final = Path(__file__).resolve().parents[1] / "golden" / "dmsetup"
+# Long texts that the first of the two commands shows in full, and every other one by a name.
+ABRIDGED: Final = (
+    ("dmsetup help", "@USAGE@", re.compile(r"Usage:\n\ndmsetup\n.* rw and uuid\.\n\n", re.DOTALL)),
+    ("dmsetup help -c", "@FIELDS@", re.compile(r"Mapped Device Name Fields\n-+\n.*  \?  +- Show help\..*?\n \n", re.DOTALL)),
+)
 LINE_KINDS: Final = frozenset("#$+<=&%>!~?")
 
 PRELUDE: Final = """
@@ -33,12 +38,14 @@ record() {
   sh -c '. /job.sh; . /run/command' </run/input >/run/out 2>/run/err; _status=$?
   printf '\\n@@@step\\n'; cat /run/out; printf '\\n@@@err\\n'; cat /run/err; printf '\\n@@@log\\n'; log
   printf '\\n@@@end %s\\n' $_status
+  [ -z "$_meanwhile" ] || wait $_meanwhile; _meanwhile=
 }
 clean() {
   for file in /run/holder-*; do [ -e $file ] && kill "$(cat $file)" && rm $file; done
   wait; log >/dev/null; dmsetup remove_all --force >/dev/null 2>&1; dmsetup remove_all --force >/dev/null 2>&1
   printf '\\n@@@left %s\\n' "$(dmsetup info)"; log >/dev/null
 }
+_meanwhile=; dmsetup version >/dev/null; log >/dev/null
 """
 
 
@@ -115,7 +122,7 @@ def _script(step: Step) -> str:
     if step.kind == "=":
         return f"printf %s {shlex.quote(given)} >{shlex.quote(step.text)}\n"
     if step.kind == "&":
-        return f"(sleep 1; {step.text}) >/dev/null 2>&1 &\n"
+        return f"(sleep 1; {step.text}) >/dev/null 2>&1 & _meanwhile=$!\n"
     if step.kind == "%":
         return f"{step.text}\n"
     return f"printf '%s\\n' {shlex.quote(step.text)} >/run/command; printf %s {shlex.quote(given)} >/run/input; record\n"
@@ -144,6 +151,8 @@ def _answered(steps: Sequence[Step], section: str) -> list[Step]:
     for step in steps:
         if step.kind == "$":
             out, err, log, status = next(answers)
+            for command, name, pattern_of_text in ABRIDGED:
+                err = err if step.text == command else pattern_of_text.sub(f"{name}\n", err)
             step = replace(step, stdout=out, stderr=err, kernel_log=log.splitlines(), status=int(status))
         done.append(step)
     return done
