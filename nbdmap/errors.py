@@ -11,6 +11,10 @@ class NbdmapError(Exception):
     """Base of all declared failures. `message` is one line for a human; `errno` is Linux's number."""
 
     errno: int = _errno.EIO
+    stage: str = ""
+    """Of a failed `create`: what dmsetup would have been doing (reload, resume), "" before the device was there."""
+    number: str = ""
+    """Of a failed `create`: the major:minor that the device would have had."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

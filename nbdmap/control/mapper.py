@@ -8,7 +8,7 @@ shared by everyone who names it in the same mode, and closed after its last user
 import os
 import re
 import stat
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -17,9 +17,9 @@ from nbdmap.block.file import FileDisk
 from nbdmap.block.remote import RemoteDisk
 from nbdmap.control.events import Events
 from nbdmap.dm.device import MappedDevice
-from nbdmap.dm.table import TableLine
-from nbdmap.dm.target import Target
-from nbdmap.errors import AccessRefused, Busy, InvalidArgument, NoSuchDevice, NotFound, from_os_error
+from nbdmap.dm.table import parse_table
+from nbdmap.dm.target import Opener, Target
+from nbdmap.errors import AccessRefused, Busy, InvalidArgument, NbdmapError, NoSuchDevice, NotFound, from_os_error
 from nbdmap.nbd.uri import parse_uri
 
 MAJOR: Final = 254
@@ -59,6 +59,8 @@ class Mapper:
         self._made: dict[str, MappedDevice] = {}  # being created: their names, uuids and numbers are taken
         self.disks: dict[str, Device] = {}
         """The configuration's disks, by name."""
+        self.reserved: frozenset[str] = frozenset()
+        """Numbers that the configuration gives away: nobody gets them by chance."""
         self._opened: dict[tuple[str, bool], Device] = {}  # by path or URI and mode, for those that no name stands for
         self._numbers: dict[str, str] = {}  # the number of each path or URI that was ever opened: it keeps it
 
@@ -89,12 +91,14 @@ class Mapper:
         name: str,
         uuid: str = "",
         minor: int | None = None,
-        table: Sequence[TableLine] | None = None,
+        table: str | None = None,
         read_only: bool = False,
         directory: str = ".",
+        opener: Opener | None = None,
     ) -> MappedDevice:
         """A new device, with `table` live if one is given. It is seen by nobody before it is complete.
 
+        The table's devices are opened by `opener`, or looked up here, relative paths from `directory` on.
         Raises Busy when name, uuid or minor number is in use, and what the table raises.
         """
         check_name(name)
@@ -105,9 +109,12 @@ class Mapper:
         self._made[name] = device
         try:
             if table is not None:
-                await device.load(table, self.opener(directory), read_only)
+                await device.load(parse_table(table), self.opener(directory), read_only)
                 await device.resume()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, NbdmapError):
+                error.stage = "resume" if device.inactive or device.live else "reload"
+                error.number = device.number
             await device.close()
             raise
         finally:
@@ -119,6 +126,7 @@ class Mapper:
     def _mapped_number(self, minor: int | None) -> str:
         used = {device.number for device in self._all()}
         if minor is None:
+            used |= self.reserved
             minor = next(minor for minor in range(MINORS) if f"{MAJOR}:{minor}" not in used)
         elif not 0 <= minor < MINORS:
             raise InvalidArgument(f"minor number {minor} is not in the range 0 to {MINORS - 1}")
@@ -237,9 +245,13 @@ class Mapper:
 
     def free_number(self, major: int) -> str:
         """The lowest major:minor that nothing here, and no real block device, has."""
-        used = {disk.number for disk in self.disks.values()} | set(self._numbers.values())
+        used = {disk.number for disk in self.disks.values()} | set(self._numbers.values()) | self.reserved
         numbers = (f"{major}:{minor}" for minor in range(MINORS))
         return next(number for number in numbers if number not in used and not os.path.exists(f"/sys/dev/block/{number}"))
+
+    def knows_number(self, number: str) -> bool:
+        """Whether a disk here has this number, or had it under a name that keeps it."""
+        return number in self._numbers.values() or any(disk.number == number for disk in self.disks.values())
 
     async def release(self, device: Device) -> None:
         """Takes back one opener; the last closes what no name stands for and ends a deferred remove."""

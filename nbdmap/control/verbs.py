@@ -54,8 +54,7 @@ class Verbs:
         export: bool = True,
     ) -> Data:
         """Makes a device, with a live table unless `table` is null, and exports it under its name."""
-        lines = parse_table(table) if table is not None else None
-        device = await self._mapper.create(name, uuid, minor, lines, read_only, directory)
+        device = await self._mapper.create(name, uuid, minor, table, read_only, directory)
         if export:
             try:
                 self._exports.add(device, ExportSettings())
@@ -112,6 +111,8 @@ class Verbs:
     async def wipe_table(self, name: str = "", uuid: str = "", noflush: bool = False) -> Data:
         """Replaces the live table by one that fails every request."""
         device = self._device(name, uuid)
+        if not device.size:
+            raise InvalidArgument(f"{device.name} has no table")
         await self._wipe(device, noflush=noflush)
         return self._describe(device)
 
@@ -146,11 +147,12 @@ class Verbs:
 
     # --- reading -------------------------------------------------------------------------------------------------------
 
-    async def info(self, name: str = "", uuid: str = "") -> list[Data]:
-        """The state of one device, or of all."""
-        return [self._describe(device) for device in self._devices(name, uuid)]
+    async def info(self, name: str = "", uuid: str = "", inactive: bool = False) -> list[Data]:
+        """The state of one device, or of all; with `inactive` read-only, targets and dependencies are of that table."""
+        return [self._describe(device, inactive) for device in self._devices(name, uuid)]
 
-    def _describe(self, device: MappedDevice) -> Data:
+    def _describe(self, device: MappedDevice, inactive: bool = False) -> Data:
+        table = device.inactive if inactive else device.live
         major, minor = device.number.split(":")
         settings = self._exports.settings(device)
         return {
@@ -159,27 +161,20 @@ class Verbs:
             "major": int(major),
             "minor": int(minor),
             "suspended": device.suspended,
-            "read_only": device.read_only,
+            "read_only": table is not None and table.read_only if inactive else device.read_only,
             "deferred_remove": device.deferred_remove,
+            "loaded": device.loaded,
             "live": device.live is not None,
             "inactive": device.inactive is not None,
             "open": device.openers,
             "event": device.event_number,
-            "targets": len(device.live.targets) if device.live else 0,
-            "target_types": list(dict.fromkeys(t.type_name for t in device.live.targets)) if device.live else [],
+            "targets": len(table.targets) if table else 0,
+            "target_types": list(dict.fromkeys(target.type_name for target in table.targets)) if table else [],
             "sectors": device.size // SECTOR,
-            "dependencies": _dependencies(device.live),
-            "holders": [one.name for one in self._holders(device)],
+            "dependencies": _dependencies(table),
             "export": self._exports.name_of(device) if settings else None,
             "connections": self._exports.connections(device),
         }
-
-    def _holders(self, device: Device) -> list[MappedDevice]:
-        return [
-            one
-            for one in self._devices("", "")
-            if any(device in table.devices for table in (one.live, one.inactive) if table)
-        ]  # fmt: skip
 
     async def table(self, name: str = "", uuid: str = "", inactive: bool = False) -> list[Data]:
         """The table of one device, or of all."""
@@ -195,11 +190,11 @@ class Verbs:
             {"start": line.start_sectors, "length": line.length_sectors, "target": line.type_name, "params": line.params}
             for line in (read(table) if table else [])
         ]
-        return {**self._describe(device), "lines": lines}
+        return {**self._describe(device, inactive), "lines": lines}
 
-    async def deps(self, name: str = "", uuid: str = "") -> list[Data]:
+    async def deps(self, name: str = "", uuid: str = "", inactive: bool = False) -> list[Data]:
         """What one device, or all, stand on; the last opened first."""
-        return [self._describe(device) for device in self._devices(name, uuid)]
+        return [self._describe(device, inactive) for device in self._devices(name, uuid)]
 
     async def wait(self, name: str = "", event: int | None = None, uuid: str = "") -> Data:
         """Waits until the event number of a device differs from `event` (default: the present one)."""

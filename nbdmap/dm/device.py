@@ -43,6 +43,8 @@ class MappedDevice(Device):
         self.limits = _NO_LIMITS
         self.openers = 0
         self.deferred_remove = False
+        self.loaded = False
+        """Whether it ever had a table: only then Linux has a node for it."""
         self.event_number = 0
         self.requests = [0] * len(Op)
         """Requests let in so far, by Op."""
@@ -113,6 +115,7 @@ class MappedDevice(Device):
                     names = " on ".join(one.name for one in [self, *path])
                     raise InvalidArgument(f"the table would make {self.name} stand on itself: {names}")
             old, self.inactive = self.inactive, table
+            self.loaded = True
             if old is not None:
                 await old.close()
 
