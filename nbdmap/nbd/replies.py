@@ -43,6 +43,8 @@ READ_AHEAD: Final = 64 << 10
 """Small replies that are received at once."""
 DIRECT: Final = 16 << 10
 """What is still missing of a payload is received in place from this size on."""
+AFTER_LARGE: Final = 4 << 10
+"""What is received at once after that, so that little of the next large payload has to be copied."""
 MAX_EXTENTS: Final = 4096
 """Extents that are looked at in one status chunk; the others are asked for again."""
 MAX_STATUS: Final = 1 << 20
@@ -50,7 +52,6 @@ MAX_STATUS: Final = 1 << 20
 MAX_FRAGMENTS: Final = 16384
 """The most gaps that the chunks of one read may leave while it is under way."""
 
-_AFTER_LARGE: Final = 4 << 10
 _ERROR_BIT: Final = 1 << 15
 _ERRORS: Final = frozenset(Error)
 _U64: Final = Struct(">Q")
@@ -146,7 +147,7 @@ class ReplyReader:
         after_large, self._in_place = self._in_place, len(self._missing) >= DIRECT
         if self._in_place:
             return self._missing
-        return self._ahead[:_AFTER_LARGE] if after_large else self._ahead
+        return self._ahead[:AFTER_LARGE] if after_large else self._ahead
 
     def advance(self, received: int) -> list[Request]:
         """Takes note of bytes received there; returns the requests that are finished. Raises ProtocolError."""
@@ -224,9 +225,8 @@ class ReplyReader:
             self._finish(request)
 
     def _payload(self, request: Request, offset: int, length: int) -> Iterator[memoryview]:
-        view = _claim(request, offset, length)
         self._target = request
-        yield view
+        yield _claim(request, offset, length)  # not kept here: `abandon` lets go of it
         self._target = None
 
     def _status(self, request: Request, length: int) -> Iterator[memoryview]:
