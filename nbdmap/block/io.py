@@ -10,7 +10,7 @@ task of its own until it has waited once, and `asyncio.timeout` or a `TaskGroup`
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import Coroutine, Sequence
 from enum import IntEnum
 from typing import Any, Final
 
@@ -68,36 +68,46 @@ class Io:
         return f"Io({self.op.name}, {self.length}, flags={self.flags:#x})"
 
 
-class _Continue:
-    """Awaits the rest of a coroutine that was started eagerly and has already yielded once."""
+class Continued(Coroutine[Any, Any, None]):
+    """The rest of a coroutine that was started eagerly and has yielded once: to be made a task, or awaited.
 
-    __slots__ = ("_coroutine", "_yielded")
+    A coroutine itself, so that a cancellation that comes before its task has run once reaches the request all the same.
+    """
+
+    __slots__ = ("_coroutine", "_started", "_yielded")
 
     def __init__(self, coroutine: Pending, yielded: object) -> None:
         self._coroutine = coroutine
         self._yielded = yielded
+        self._started = False
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        coroutine, yielded = self._coroutine, self._yielded
-        while True:
-            try:
-                value = yield yielded
-            except BaseException as error:
-                resume: Callable[[], object] = lambda error=error: coroutine.throw(error)  # type: ignore[misc]  # noqa: E731
-            else:
-                resume = lambda value=value: coroutine.send(value)  # type: ignore[misc]  # noqa: E731
-            try:
-                yielded = resume()
-            except StopIteration:
-                return
+    def send(self, value: Any) -> Any:
+        """First what was yielded, then what the coroutine yields next."""
+        if self._started:
+            return self._coroutine.send(value)
+        self._started = True
+        return self._yielded
+
+    def throw(self, *error: Any) -> Any:
+        """Throws into the coroutine, started or not."""
+        self._started = True
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        """Ends the coroutine."""
+        self._coroutine.close()
+
+    def __await__(self) -> "Continued":
+        return self
+
+    def __iter__(self) -> "Continued":
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
 
 
-async def continue_eager(coroutine: Pending, yielded: object) -> None:
-    """Runs on, in the task that awaits this, a coroutine whose first `send(None)` returned `yielded`."""
-    await _Continue(coroutine, yielded)
-
-
-async def run_all(requests: Iterable[Pending]) -> None:
+async def run_all(requests: Sequence[Pending]) -> None:
     """Runs requests side by side and ends when all of them have; then raises the first error, if any.
 
     Each is started eagerly, in order. Cancelling it cancels those that still wait, and waits for them.
@@ -112,7 +122,7 @@ async def run_all(requests: Iterable[Pending]) -> None:
         except Exception as error:
             first = first or error
             continue
-        waiting.append(asyncio.get_running_loop().create_task(continue_eager(request, yielded)))
+        waiting.append(asyncio.get_running_loop().create_task(Continued(request, yielded)))
     try:
         for task in waiting:
             try:

@@ -209,6 +209,7 @@ class MappedDevice(Device):
             self.inactive = self.live = None
             self.size = 0
             self._release()
+        self.event_number += 1
         self._wake()
 
     # --- events ----------------------------------------------------------------------------------------------------

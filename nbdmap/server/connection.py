@@ -9,10 +9,11 @@ requests before other connections have their turn; beyond any of them nothing mo
 import asyncio
 import logging
 import ssl
+from functools import partial
 from typing import Final, Protocol, cast
 
 from nbdmap.block.device import Device
-from nbdmap.block.io import Pending, continue_eager
+from nbdmap.block.io import Continued, Pending
 from nbdmap.errors import NbdmapError, ProtocolError
 from nbdmap.nbd.constants import CMD_FLAG_FAST_ZERO, Cmd, Error
 from nbdmap.nbd.handshake import Exports, ServerHandshake, State, TlsMode
@@ -251,17 +252,15 @@ class Connection(asyncio.BufferedProtocol):
             return False
         self._requests += 1
         self._bytes += request.length if request.command <= 1 else 0
-        self._start_task(self._finish(pending, yielded, request, reply))
+        self._start_task(Continued(pending, yielded)).add_done_callback(partial(self._finish, request, reply))
         return True
 
-    async def _finish(self, pending: Pending, yielded: object, request: Request, reply: Reply) -> None:
-        """The rest of a request that had to wait."""
-        try:
-            await continue_eager(pending, yielded)
-        except Exception as error:
-            reply = [self._failure(request, error)]
-        except asyncio.CancelledError:
+    def _finish(self, request: Request, reply: Reply, task: asyncio.Task[None]) -> None:
+        """A request that had to wait has ended."""
+        if task.cancelled():
             reply = [self._serving.replies.error(request, Error.ESHUTDOWN, "the server is shutting down")]
+        elif isinstance(error := task.exception(), Exception):
+            reply = [self._failure(request, error)]
         self._requests -= 1
         self._bytes -= request.length if request.command <= 1 else 0
         self._put(*reply)
@@ -311,10 +310,11 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 self._transport.pause_reading()
 
-    def _start_task(self, work: Pending) -> None:
+    def _start_task(self, work: Pending) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
