@@ -266,7 +266,7 @@ def _from_first(loop: list[str], order: list[str]) -> list[str]:
 
 def _named(device: DeviceEntry, devices: Mapping[str, DeviceEntry], numbers: Mapping[str, str]) -> Iterable[str]:
     """The devices that a table surely names."""
-    for line in device.table or ():
+    for line in device.table.lines if device.table else ():
         for word in split_words(line.params):
             name = numbers.get(word) or strip_directory(word)
             sure = name != word or (line.type_name in _PLAIN_TARGETS and not word.isdigit())

@@ -109,7 +109,7 @@ class Mapper:
         self._made[name] = device
         try:
             if table is not None:
-                await device.load(parse_table(table), self.opener(directory), read_only)
+                await device.load(parse_table(table), opener or self.opener(directory), read_only)
                 await device.resume()
         except BaseException as error:
             if isinstance(error, NbdmapError):

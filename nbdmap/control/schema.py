@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SkipValidation,
     Tag,
     ValidationInfo,
     model_validator,
@@ -36,6 +37,17 @@ from nbdmap.units import SECTOR, parse_size
 _NUMBER: Final = re.compile(r"(0|[1-9][0-9]{0,9}):(0|[1-9][0-9]{0,9})")
 
 _Value = TypeVar("_Value")
+
+
+class TableText(NamedTuple):
+    """A table as it is written, and its lines."""
+
+    text: str
+    lines: tuple[TableLine, ...]
+
+    def same_as(self, other: "TableText | None") -> bool:
+        """Whether the targets are the same, whatever blank lines and comments stand between."""
+        return other is not None and [line[1:] for line in self.lines] == [line[1:] for line in other.lines]
 
 
 class Surroundings(NamedTuple):
@@ -120,7 +132,7 @@ def _table(value: object, info: ValidationInfo) -> object:
     for line in lines:
         if line.type_name not in types:
             raise _wrong(f"line {line.number}: unknown target type {line.type_name!r}{meant(line.type_name, types)}")
-    return tuple(lines)
+    return TableText(value, tuple(lines))
 
 
 def meant(word: str, known: Collection[str]) -> str:
@@ -169,7 +181,7 @@ Size = Annotated[int, BeforeValidator(_size)]
 DeviceNumber = Annotated[str, BeforeValidator(_number)]
 DiskName = Annotated[str, AfterValidator(_disk_name)]
 DeviceName = Annotated[str, AfterValidator(lambda name: _checked(check_name, name))]
-Lines = Annotated[tuple[TableLine, ...], BeforeValidator(_table)]
+CheckedTable = Annotated[TableText, BeforeValidator(_table), SkipValidation]
 
 
 # --- the keys --------------------------------------------------------------------------------------------------------------
@@ -255,7 +267,7 @@ class DeviceEntry(Keys):
     """A mapped device. Without a table it is made, and waits for one."""
 
     uuid: Text = ""
-    table: Lines | None = None
+    table: CheckedTable | None = None
     read_only: bool = False
     minor: Annotated[int, Field(ge=0, lt=MINORS)] | None = None
     messages: tuple[Annotated[Text, AfterValidator(_message)], ...] = Field(default=(), strict=False)
