@@ -58,7 +58,10 @@ class Applied:
             if problems := await self.reload(config):
                 raise BadConfig(problems)
         except BaseException:
-            await self.mapper.close()
+            try:
+                await self.mapper.close()
+            except NbdmapError as error:
+                log.error("%s", error.message)
             raise
 
     async def reload(self, config: Config) -> list[str]:

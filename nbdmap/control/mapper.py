@@ -19,7 +19,7 @@ from nbdmap.control.events import Events
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
 from nbdmap.dm.target import Opener, Target
-from nbdmap.errors import AccessRefused, Busy, InvalidArgument, NbdmapError, NoSuchDevice, NotFound, from_os_error
+from nbdmap.errors import AccessRefused, Busy, InvalidArgument, IoFailed, NbdmapError, NoSuchDevice, NotFound, from_os_error
 from nbdmap.nbd.uri import parse_uri
 
 MAJOR: Final = 254
@@ -277,10 +277,17 @@ class Mapper:
     # --- the whole -------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Suspends (so flushes) and drops every device, uppermost first, and closes the disks."""
+        """Suspends (so flushes) and drops every device, uppermost first, and closes the disks.
+
+        What cannot be flushed is dropped like the rest; then the first failure is raised.
+        """
+        failure: NbdmapError | None = None
         for device in self.top_down():
-            if not device.suspended:
-                await device.suspend()
+            try:
+                if not device.suspended:
+                    await device.suspend()
+            except NbdmapError as error:
+                failure = failure or IoFailed(f"{device.name}: {error.message}", error.errno)
             device.openers = 0
             device.deferred_remove = False
         for device in self.top_down():
@@ -289,6 +296,8 @@ class Mapper:
         for disk in self.disks.values():
             await disk.close()
         self.disks.clear()
+        if failure is not None:
+            raise failure
 
     def top_down(self) -> list[MappedDevice]:
         """All mapped devices, each before those it stands on."""

@@ -36,6 +36,7 @@ class Listener:
         self._tls_required = tls_required
         self._servers: list[asyncio.Server] = []
         self._paths: list[str] = []
+        self._waiting: list[tuple[socket.socket, TlsMode]] = []
         self.clients: set[Connection] = set()
         self.uris: list[Uri] = []
         """Where it listens, with the port that was really taken."""
@@ -47,8 +48,9 @@ class Listener:
             return TlsMode.OFF
         return TlsMode.REQUIRED if tls or self._tls_required else TlsMode.OFFERED
 
-    async def listen(self, uri: Uri) -> None:
-        """Begins to listen at `uri`. Port 0 takes a free one. Raises IoFailed naming the address."""
+    async def listen(self, uri: Uri, *, accept: bool = True) -> None:
+        """Begins to listen at `uri`. Port 0 takes a free one. Without `accept` clients wait in line until `accept` is
+        called, so that an address is taken before the first disk is opened. Raises IoFailed naming the address."""
         mode = self._mode(uri.tls)
         if uri.socket:
             sockets = [_unix_socket(uri.socket)]
@@ -56,21 +58,43 @@ class Listener:
         else:
             sockets = await _tcp_sockets(uri.host, uri.port)
         for one in sockets:
-            await self._serve(one, mode)
+            self._put(one, mode)
+        if accept:
+            await self.accept()
         port = uri.port if uri.socket else sockets[0].getsockname()[1]
         self.uris.append(replace(uri, port=port, tls=mode is TlsMode.REQUIRED))
 
-    async def adopt(self, descriptors: Sequence[int]) -> None:
+    async def adopt(self, descriptors: Sequence[int], *, accept: bool = True) -> None:
         """Listens on sockets that were passed in (systemd socket activation). Only TCP and Unix streams are taken."""
         for descriptor in descriptors:
             one = socket.socket(fileno=descriptor)
             if one.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX) or one.type != socket.SOCK_STREAM:
                 raise InvalidArgument(f"descriptor {descriptor} is neither a TCP nor a Unix stream socket")
-            await self._serve(one, self._mode(False))
+            self._put(one, self._mode(False))
+        if accept:
+            await self.accept()
+
+    def _put(self, listening: socket.socket, mode: TlsMode) -> None:
+        listening.setblocking(False)
+        try:
+            listening.listen(BACKLOG)
+        except OSError as error:
+            where = f"listen on {listening.getsockname()}"
+            listening.close()
+            raise from_os_error(error, where) from error
+        self._waiting.append((listening, mode))
+
+    async def accept(self) -> None:
+        """Lets in the clients of every socket that does not accept yet."""
+        while self._waiting:
+            await self._serve(*self._waiting.pop(0))
+
+    def renew(self, context: ssl.SSLContext) -> None:
+        """Clients that come from now on get this context: certificates are renewed without a restart."""
+        self._context = context
 
     async def _serve(self, listening: socket.socket, mode: TlsMode) -> None:
         loop = asyncio.get_running_loop()
-        listening.setblocking(False)
 
         def connection() -> Connection:
             return Connection(self._exports, mode, self._context, self.clients)
@@ -85,6 +109,8 @@ class Listener:
         """Stops accepting, lets requests in flight finish for GRACE_SECONDS, then drops every client."""
         for server in self._servers:
             server.close()
+        for listening, _ in self._waiting:
+            listening.close()
         for path in self._paths:
             try:
                 os.unlink(path)
