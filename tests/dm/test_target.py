@@ -25,6 +25,7 @@ async def test_spec_keeps_what_it_opened() -> None:
 async def test_the_defaults() -> None:
     target = Plain(Spec(512, 1024, False, FakeOpener(), lambda: None))
     assert (target.begin, target.length, target.end) == (512, 1024, 1536)
+    assert target.limits() == merge_limits([])
     assert target.table() == target.status() == ""
     assert target.devices() == []
     assert await target.extents(512, 1024) == [(1024, 0)]
