@@ -19,7 +19,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    SkipValidation,
+    InstanceOf,
     Tag,
     ValidationInfo,
     model_validator,
@@ -181,7 +181,7 @@ Size = Annotated[int, BeforeValidator(_size)]
 DeviceNumber = Annotated[str, BeforeValidator(_number)]
 DiskName = Annotated[str, AfterValidator(_disk_name)]
 DeviceName = Annotated[str, AfterValidator(lambda name: _checked(check_name, name))]
-CheckedTable = Annotated[TableText, BeforeValidator(_table), SkipValidation]
+CheckedTable = Annotated[InstanceOf[TableText], BeforeValidator(_table)]
 
 
 # --- the keys --------------------------------------------------------------------------------------------------------------
