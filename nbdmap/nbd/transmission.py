@@ -105,7 +105,7 @@ class RequestReader:
             return self._waiting.payload[self._filled :]
         if self._start == self._end:
             self._start = self._end = 0
-            if self._expect_large:
+            if self._expect_large and self._waiting is None:
                 return self._view[: self._header.size]
         elif self._end == len(self._view):
             self._move(max(BUFFER_SIZE, 2 * (self._end - self._start)))
