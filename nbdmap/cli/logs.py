@@ -1,10 +1,19 @@
-"""Where the server's log lines go: stderr, for people, for the journal (with its priorities) or as JSON."""
+"""Where the server's log lines go: stderr, for people, for the journal (with its priorities) or as JSON.
+
+A thread writes them: whoever stops reading our stderr does not stop the server. At most MAX_LINES wait; the next ones are
+lost, and counted.
+"""
 
 import json
 import logging
 import os
-import sys
+import queue
+import threading
 from typing import Final
+
+MAX_LINES: Final = 10_000
+LAST_SECONDS: Final = 0.2
+"""What the last lines have to be written when the process ends."""
 
 _WORDS: Final = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITICAL: "error: "}
 _PRIORITIES: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
@@ -37,9 +46,50 @@ class _Json(logging.Formatter):
         return json.dumps(entry)
 
 
+class _Background(logging.Handler):
+    """Formats at once, writes in a thread."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
+        self._lost = 0
+        self._thread = threading.Thread(target=self._write, name="nbdmap log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Puts a line into the queue."""
+        line = self.format(record)
+        try:
+            if self._lost:
+                self._lines.put_nowait(f"nbdmap: {self._lost} lines of the log are lost")
+                self._lost = 0
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost += 1
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            rest = memoryview(f"{line}\n".encode(errors="backslashreplace"))
+            try:
+                while rest:
+                    rest = rest[os.write(self._descriptor, rest) :]
+            except OSError:
+                pass  # nobody can be told
+
+    def close(self) -> None:
+        """Gives the last lines a moment."""
+        try:
+            self._lines.put_nowait(None)
+        except queue.Full:
+            pass
+        self._thread.join(LAST_SECONDS)
+        super().close()
+
+
 def set_up(style: str, level: int) -> None:
     """Sends everything from `level` on to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Background(2)
     handler.setFormatter(_Json() if style == "json" else _Lines(journal=_is_journal()))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("nbdmap").setLevel(level)

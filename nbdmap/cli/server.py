@@ -35,6 +35,7 @@ from nbdmap.control.rpc import AdminServer
 from nbdmap.control.schema import TlsEntry, check_listen
 from nbdmap.control.verbs import Verbs
 from nbdmap.errors import InvalidArgument, NbdmapError, from_os_error
+from nbdmap.nbd.constants import DEFAULT_PORT
 from nbdmap.nbd.uri import Uri, parse_uri
 from nbdmap.server.listener import Listener
 from nbdmap.server.systemd import notify, take_descriptors
@@ -96,6 +97,11 @@ def _raise_limit() -> None:
 
 def _context(tls: TlsEntry | None) -> ssl.SSLContext | None:
     return server_context(tls.certificates, tls.verify_peer) if tls else None
+
+
+def _with_port(uri: Uri) -> str:
+    """The URI with its port, even if that is the usual one."""
+    return f"{uri}:{uri.port}" if uri.port == DEFAULT_PORT and not uri.socket else str(uri)
 
 
 class Program:
@@ -164,7 +170,7 @@ class Program:
         await self._start_admin()
         await self._listener.accept()
         for uri in self._listener.uris:
-            log.info("listening on %s", uri)
+            log.info("listening on %s", _with_port(uri))
         for name, description in self._exports.list():
             size = self._exports.find(name).size
             log.info("export %r: %d bytes%s", name, size, f", {description}" if description else "")

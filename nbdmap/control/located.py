@@ -146,7 +146,7 @@ class _Builder:
                 documents += 1
                 if documents > 1:
                     raise self._failure(event, "a second document: only one is read")
-                root = self._node(next(self._events), 0)
+                root = self._node(next(self._events), ())
         if root.content is None:
             root = Node(root.place, {})
         if self._problems:
@@ -156,8 +156,8 @@ class _Builder:
     def _failure(self, event: yaml.Event, text: str) -> Unreadable:
         return Unreadable([*self._problems, Problem(_place(event.start_mark), text)])
 
-    def _node(self, event: Any, depth: int) -> Node:
-        if depth > MAX_DEPTH:
+    def _node(self, event: Any, path: tuple[str, ...]) -> Node:
+        if len(path) > MAX_DEPTH:
             raise self._failure(event, f"more than {MAX_DEPTH} levels")
         if isinstance(event, yaml.AliasEvent):
             known = self._anchors.get(event.anchor or "")
@@ -169,10 +169,10 @@ class _Builder:
             node = Node(place, self._scalar(event), is_block=event.style == "|")
         elif isinstance(event, yaml.SequenceStartEvent):
             self._check_tag(event, "seq")
-            node = self._sequence(place, depth)
+            node = self._sequence(place, path)
         else:
             self._check_tag(event, "map")
-            node = self._mapping(place, depth)
+            node = self._mapping(place, path)
         if node.count > MAX_NODES:
             raise self._failure(event, f"more than {MAX_NODES} values, with aliases written out")
         if event.anchor is not None:
@@ -193,26 +193,26 @@ class _Builder:
             return _CONSTANTS[value.lower()]
         return int(value) if _DECIMAL.fullmatch(value) else value
 
-    def _sequence(self, place: Place, depth: int) -> Node:
+    def _sequence(self, place: Place, path: tuple[str, ...]) -> Node:
         node = Node(place, [])
         while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
-            child = self._node(event, depth + 1)
+            child = self._node(event, (*path, str(len(node.content))))
             node.content.append(child)
             node.count += child.count
             if node.count > MAX_NODES:
                 break
         return node
 
-    def _mapping(self, place: Place, depth: int) -> Node:
+    def _mapping(self, place: Place, path: tuple[str, ...]) -> Node:
         node = Node(place, {})
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             if not isinstance(event, yaml.ScalarEvent):
                 raise self._failure(event, "a key is one word")
             key, where = event.value, _place(event.start_mark)
-            child = self._node(next(self._events), depth + 1)
+            child = self._node(next(self._events), (*path, key))
             if key in node.keys:
                 first = node.keys[key]
-                self._problems.append(Problem(where, f"duplicate key {key!r} (first at line {first.line})"))
+                self._problems.append(Problem(where, f"{'.'.join((*path, key))}: duplicate key (first at line {first.line})"))
             else:
                 node.content[key], node.keys[key] = child, where
             node.count += child.count
