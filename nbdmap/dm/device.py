@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import FLUSH, Io, Op
+from nbdmap.block.io import FLUSH, Io, Op, run_all
 from nbdmap.dm.args import Args
 from nbdmap.dm.table import Table, TableLine
 from nbdmap.dm.target import Opener, Target
@@ -147,7 +147,7 @@ class MappedDevice(Device):
                 self._idle = asyncio.get_running_loop().create_future()
                 await self._idle
             if table is not None and not noflush and not table.read_only:
-                await table.submit(Io(FLUSH, 0), 0)
+                await run_all([device.submit(Io(FLUSH, 0), 0) for device in _to_flush(table)])
             for target in targets:
                 await target.postsuspend()
         except BaseException:
@@ -239,6 +239,25 @@ class MappedDevice(Device):
 def _tables(device: Device) -> Iterator[Table]:
     if isinstance(device, MappedDevice):
         yield from (table for table in (device.live, device.inactive) if table is not None)
+
+
+def _holds(device: Device) -> bool:
+    """Whether a request to `device` may have to wait for a resume, its own or that of one below."""
+    if not isinstance(device, MappedDevice):
+        return False
+    return device.suspended or any(_holds(below) for below in (device.live.devices if device.live else ()))
+
+
+def _to_flush(table: Table) -> list[Device]:
+    """What a suspend flushes. A suspended device below was flushed by its own suspend and would hold a flush up for ever,
+    so those around it are flushed instead."""
+    found: list[Device] = []
+    for device in table.flushed:
+        if not _holds(device):
+            found.append(device)
+        elif isinstance(device, MappedDevice) and not device.suspended and device.live is not None:
+            found += _to_flush(device.live)
+    return found
 
 
 def _path_to(start: Device, wanted: Device) -> list[Device]:

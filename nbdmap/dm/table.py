@@ -94,7 +94,8 @@ class Table:
         self.in_flight = 0
         self.devices = _distinct(targets)
         """The distinct devices below, in the order of the table."""
-        self._flushed = _distinct(target for target in targets if target.flushed)
+        self.flushed = _distinct(target for target in targets if target.flushed)
+        """Those that a flush must reach."""
         self._opened = opened
         self._opener = opener
         self._starts = [target.begin for target in targets]
@@ -203,9 +204,9 @@ class Table:
         return pieces
 
     def _flush(self, io: Io) -> Pending:
-        if len(self._flushed) == 1:
-            return self._flushed[0].submit(io, 0)
-        return run_all([device.submit(io, 0) for device in self._flushed])
+        if len(self.flushed) == 1:
+            return self.flushed[0].submit(io, 0)
+        return run_all([device.submit(io, 0) for device in self.flushed])
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As Device.extents: neighbours of one kind are merged, at most MAX_EXTENTS are returned."""

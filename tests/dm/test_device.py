@@ -337,3 +337,21 @@ async def test_a_read_only_device_is_not_flushed_at_suspend() -> None:
     assert disk.log == []
     assert device.submit(Io(READ, 0), 0).close() is None
 
+
+
+async def test_suspend_over_a_suspended_device_does_not_hang() -> None:
+    first, second = FakeDisk("7:0"), FakeDisk("7:1")
+    lower = await mapped("lower", "0 64 linear 7:0 0", first, minor=1)
+    middle = await mapped("middle", "0 64 linear 254:1 0\n64 64 linear 7:1 0", lower, second, minor=2)
+    empty = await mapped("empty", minor=4)
+    upper = await mapped("upper", "0 128 linear 254:2 0\n128 8 linear 254:4 0", middle, empty, minor=3)
+    await lower.suspend()
+    for log in (first.log, second.log):
+        log.clear()
+    with pytest.raises(IoFailed, match="empty has no table"):
+        await upper.suspend()
+    assert not upper.suspended
+    await empty.suspend()
+    await upper.suspend()
+    assert first.log == []
+    assert [entry[0] for entry in second.log] == ["flush", "flush"]
