@@ -52,7 +52,7 @@ class _Background(logging.Handler):
     def __init__(self, descriptor: int) -> None:
         super().__init__()
         self._descriptor = descriptor
-        self._lines: queue.Queue[str | None] = queue.Queue(MAX_LINES)
+        self._lines: queue.Queue[str | threading.Event | None] = queue.Queue(MAX_LINES)
         self._lost = 0
         self._thread = threading.Thread(target=self._write, name="nbdmap log", daemon=True)
         self._thread.start()
@@ -70,12 +70,24 @@ class _Background(logging.Handler):
 
     def _write(self) -> None:
         while (line := self._lines.get()) is not None:
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
             rest = memoryview(f"{line}\n".encode(errors="backslashreplace"))
             try:
                 while rest:
                     rest = rest[os.write(self._descriptor, rest) :]
             except OSError:
                 pass  # nobody can be told
+
+    def flush(self) -> None:
+        """Waits until what was logged is written, LAST_SECONDS at most."""
+        written = threading.Event()
+        try:
+            self._lines.put_nowait(written)
+        except queue.Full:
+            return
+        written.wait(LAST_SECONDS)
 
     def close(self) -> None:
         """Gives the last lines a moment."""
@@ -93,6 +105,12 @@ def set_up(style: str, level: int) -> None:
     handler.setFormatter(_Json() if style == "json" else _Lines(journal=_is_journal()))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("nbdmap").setLevel(level)
+
+
+def flush() -> None:
+    """Sees to it that what was logged can be read."""
+    for handler in logging.getLogger().handlers:
+        handler.flush()
 
 
 def _is_journal() -> bool:

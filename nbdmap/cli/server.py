@@ -174,6 +174,7 @@ class Program:
         for name, description in self._exports.list():
             size = self._exports.find(name).size
             log.info("export %r: %d bytes%s", name, size, f", {description}" if description else "")
+        logs.flush()  # whoever waits for the pidfile or READY=1 finds the addresses in the log
         if self._options.pidfile is not None:
             self._write_pidfile(self._options.pidfile)
         notify(os.environ, f"READY=1\nSTATUS={len(self._mapper.devices)} devices")
