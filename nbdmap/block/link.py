@@ -57,16 +57,19 @@ def tls_context(uri: Uri) -> ssl.SSLContext | None:
 
 
 async def open_link(uri: Uri, context: ssl.SSLContext | None, answered: Answered, lost: Lost) -> "Link":
-    """Connects and negotiates within CONNECT_TIMEOUT_S. Raises NbdmapError that names the URI."""
+    """Connects and negotiates within CONNECT_TIMEOUT_S. Raises NbdmapError that names the URI.
+
+    With a context, or if the URI wants it, the link is encrypted or there is none.
+    """
     loop = asyncio.get_running_loop()
-    link = Link(uri, answered, lost)
+    link = Link(uri, context or tls_context(uri), answered, lost)
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             if uri.socket:
                 await loop.create_unix_connection(lambda: link, uri.socket)
             else:
                 await loop.create_connection(lambda: link, uri.host, uri.port)
-            await link.negotiate(context)
+            await link.negotiate()
     except TimeoutError:
         link.abort()
         raise IoFailed(f"{uri}: no answer within {CONNECT_TIMEOUT_S:g} s") from None
@@ -88,14 +91,15 @@ async def open_link(uri: Uri, context: ssl.SSLContext | None, answered: Answered
 class Link(asyncio.BufferedProtocol):
     """`agreement` is what was negotiated; `closed` is done when the connection is gone."""
 
-    def __init__(self, uri: Uri, answered: Answered, lost: Lost) -> None:
+    def __init__(self, uri: Uri, context: ssl.SSLContext | None, answered: Answered, lost: Lost) -> None:
         self._loop = asyncio.get_running_loop()
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._uri = uri
+        self._context = context
         self._answered = answered
         self._lost: Lost | None = lost
         self._transport: asyncio.Transport | None = None
-        self._handshake = ClientHandshake(uri.export, tls=uri.tls)
+        self._handshake = ClientHandshake(uri.export, tls=context is not None)
         self._turn: asyncio.Future[None] = self._loop.create_future()  # the handshake's state has changed
         self._buffer = memoryview(bytearray(_HANDSHAKE_BUFFER))
         self._reader: ReplyReader | None = None
@@ -106,17 +110,16 @@ class Link(asyncio.BufferedProtocol):
         return self._handshake.agreement
 
     # --- negotiation ---------------------------------------------------------------------------------------------------
-    async def negotiate(self, context: ssl.SSLContext | None) -> None:
+    async def negotiate(self) -> None:
         """Ends when requests can be sent. Raises the handshake's error, or an OSError of TLS."""
         handshake = self._handshake
         await self._turn
-        if handshake.state is State.STARTING_TLS and self._transport and context:
+        if handshake.state is State.STARTING_TLS:
+            assert self._transport is not None, "that is where the state comes from"
+            assert self._context is not None, "TLS was asked for"
             self._turn = self._loop.create_future()
             name = self._uri.tls_hostname or self._uri.host
-            transport = await self._loop.start_tls(self._transport, self, context, server_hostname=name)
-            if transport is None or self.closed.done():
-                raise ConnectionResetError(errno.ECONNRESET, "the server left while TLS started")
-            self._transport = transport
+            self._transport = await self._loop.start_tls(self._transport, self, self._context, server_hostname=name)
             handshake.tls_started()
             self._speak()
             await self._turn
@@ -161,8 +164,7 @@ class Link(asyncio.BufferedProtocol):
                 self._answered(self, finished)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self.closed.set_result(None)
         if self._reader is None:
             self._handshake.eof()
             self._speak()
@@ -175,11 +177,6 @@ class Link(asyncio.BufferedProtocol):
             lost(self, error)
 
     # --- the owner's side ----------------------------------------------------------------------------------------------
-    @property
-    def pending(self) -> list[Request]:
-        """The requests that are sent and not answered."""
-        return list(self._reader.pending.values()) if self._reader else []
-
     def send(self, request: Request) -> None:
         """Sends a request; a WRITE's `data` must stay as it is until it is answered."""
         assert self._reader is not None, "negotiated"
@@ -191,16 +188,15 @@ class Link(asyncio.BufferedProtocol):
 
     def abandon(self, request: Request) -> None:
         """Nobody waits for the request any more; its memory is no longer written to."""
-        if self._reader is not None:
-            self._reader.abandon(request)
+        assert self._reader is not None, "negotiated"
+        self._reader.abandon(request)
 
     def hang_up(self) -> None:
         """Says DISC and closes when that is sent; whatever still arrives is not looked at."""
         self._lost = None
         if self._transport is not None and not self._transport.is_closing():
-            if self._reader is not None:
-                self.send(Request(Cmd.DISC, 0, 0))
-                self._write()
+            self.send(Request(Cmd.DISC, 0, 0))
+            self._write()
             self._transport.close()
 
     async def close(self) -> None:

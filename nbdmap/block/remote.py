@@ -40,7 +40,7 @@ from nbdmap.block.io import (
 )
 from nbdmap.block.link import Link, open_link, tls_context
 from nbdmap.block.unflushed import WRITES, Unflushed
-from nbdmap.errors import AccessRefused, InvalidArgument, IoFailed, NbdmapError, Unsupported
+from nbdmap.errors import AccessRefused, IoFailed, NbdmapError, Unsupported
 from nbdmap.nbd import constants as nbd
 from nbdmap.nbd.client import Agreement
 from nbdmap.nbd.constants import Cmd
@@ -135,7 +135,8 @@ class RemoteDisk(Device):
         self._replay = replay
         self._agreement: Agreement
         self._link: Link | None = None
-        self._restoring: Link | None = None
+        self._restoring: Link | None = None  # the next connection, while these are sent again on it
+        self._repeated: list[_Waiting] = []
         self._waiting: dict[_Waiting, None] = {}  # every request that is not finished, oldest first
         self._refusal = ""  # why requests fail at once
         self._trouble = ""  # why the last attempt to connect failed
@@ -156,8 +157,6 @@ class RemoteDisk(Device):
         self.read_only = read_only or bool(flags & nbd.READ_ONLY)
         self._agreement = agreement
         self._payload = round_down(min(agreement.maximum_block, nbd.MAX_PAYLOAD), block)
-        if not self._payload:
-            raise InvalidArgument(f"{self._uri}: its largest request is smaller than its smallest")
         self.limits = Limits(
             logical_block=block,
             discard=bool(flags & nbd.SEND_TRIM),
@@ -178,7 +177,7 @@ class RemoteDisk(Device):
         if io.length <= most:
             return self._one(io, offset)
         starts = range(0, io.length, most)
-        return run_all(self._one(io.part(at, min(most, io.length - at)), offset + at) for at in starts)
+        return run_all([self._one(io.part(at, min(most, io.length - at)), offset + at) for at in starts])
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As `Device.extents`, by BLOCK_STATUS; all data when the server does not tell."""
@@ -297,9 +296,9 @@ class RemoteDisk(Device):
     def _on_loss(self, link: Link, error: Exception) -> None:
         """The connection is gone: its requests wait for the next one."""
         if link is self._restoring:
-            for request in link.pending:
-                if isinstance(request, _Waiting):
-                    request.end(ConnectionResetError(errno.ECONNRESET, str(error)))
+            self._restoring = None
+            for request in self._repeated:
+                request.end()
         if link is not self._link:
             return
         self._link = None
@@ -317,8 +316,8 @@ class RemoteDisk(Device):
         self._reconnecting = asyncio.get_running_loop().create_task(self._reconnect())
 
     def _end_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        assert self._deadline is not None, "the loss began it"
+        self._deadline.cancel()
 
     async def _give_up_late(self) -> None:
         await self._policy.sleep(self._policy.deadline_s)
@@ -401,21 +400,17 @@ class RemoteDisk(Device):
 
     async def _restore(self, link: Link) -> None:
         """Sends the unflushed writes again. Raises when the connection is lost; a write that fails is reported by flush."""
-        for batch in self._unflushed.batches():
-            again = [_Waiting(one.command, one.offset, one.length, one.data, one.flags) for one in batch]
-            if link.closed.done():
+        for batch in [*self._unflushed.batches(), []]:
+            if self._restoring is not link:
                 raise ConnectionResetError(errno.ECONNRESET, "the connection was lost again")
-            for request in again:
+            self._repeated = [_Waiting(one.command, one.offset, one.length, one.data, one.flags) for one in batch]
+            for request in self._repeated:
                 link.send(request)
-            for request in again:
+            for request in self._repeated:
                 await request.answer
-                if request.error == errno.ESHUTDOWN:
-                    raise IoFailed("the server is shutting down", errno.ESHUTDOWN)
-                if request.error:
+                if request.error and request.error != errno.ESHUTDOWN:
                     _log.warning("%s: %s", self.name, self._failed("repeated write", request).message)
                     self._losses += 1
-        if link.closed.done():
-            raise ConnectionResetError(errno.ECONNRESET, "the connection was lost again")
 
     async def close(self) -> None:
         """Ends everything; requests that still wait fail with EIO."""
