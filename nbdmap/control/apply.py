@@ -21,7 +21,7 @@ from nbdmap.block.device import Device
 from nbdmap.block.file import FileDisk
 from nbdmap.block.memory import MemoryDisk
 from nbdmap.block.remote import RemoteDisk
-from nbdmap.control.config import BadConfig, Config, KeyPath
+from nbdmap.control.config import BadConfig, Config, KeyPath, by_line
 from nbdmap.control.exports import Exports, ExportSettings
 from nbdmap.control.mapper import FILE_MAJOR, MAJOR, MEMORY_MAJOR, REMOTE_MAJOR, Mapper, strip_directory
 from nbdmap.control.schema import DeviceEntry, DiskEntry, FileEntry, MemoryEntry, TableText
@@ -58,6 +58,8 @@ class Applied:
             if problems := await self.reload(config):
                 raise BadConfig(problems)
         except BaseException:
+            self.disks.clear()
+            self.devices.clear()
             try:
                 await self.mapper.close()
             except NbdmapError as error:
@@ -98,7 +100,7 @@ class _Change:
         await self._remove_disks()
         for name in devices:  # in the order of the file: the first is the default export
             self._export(name)
-        return self._problems
+        return by_line(self._problems)
 
     def _report(self, path: KeyPath, error: NbdmapError, *, key: bool = True) -> None:
         self._problems.append(self._config.origin.explain(path, error.message, key=key))

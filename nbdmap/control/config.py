@@ -139,7 +139,7 @@ def parse(raw: bytes, file: str, types: Collection[str], tables: Mapping[str, st
         checked = File.model_validate(content, context=Surroundings(directory, types))
     except ValidationError as error:
         found = [_explain(origin, one) for one in error.errors(include_url=False)]
-        raise BadConfig(sorted(found, key=_line_number)) from None
+        raise BadConfig(by_line(found)) from None
     _check_unique(checked, origin)
     listen = (parse_uri(DEFAULT_LISTEN),) if checked.listen is None else tuple(checked.listen)
     if checked.tls is None and (secure := [uri for uri in listen if uri.tls]):
@@ -161,9 +161,14 @@ def _line(file: str, problem: Problem) -> str:
     return f"{file}:{problem.place.line}:{problem.place.column}: {problem.text}"
 
 
-def _line_number(text: str) -> int:
-    match = re.match(r".*?:(\d+):\d+: ", text)
-    return int(match[1]) if match else 0
+def by_line(problems: list[str]) -> list[str]:
+    """Problems of one file in the order of its lines."""
+
+    def line_number(text: str) -> int:
+        match = re.match(r".*?:(\d+):\d+: ", text)
+        return int(match[1]) if match else 0
+
+    return sorted(problems, key=line_number)
 
 
 _REASONS: Final = {
@@ -188,7 +193,7 @@ def _explain(origin: Origin, error: ErrorDetails) -> str:
         return origin.explain(tuple(path), _unknown(str(path[-1]), model, path), key=True)
     if kind == "missing":
         return origin.explain(tuple(path[:-1]), f"the key {path[-1]} is missing", key=True)
-    reason = _REASONS.get(kind, error["msg"][:1].lower() + error["msg"][1:])
+    reason = _REASONS.get(kind, error["msg"].removeprefix("Input "))
     return origin.explain(tuple(path), reason)
 
 
