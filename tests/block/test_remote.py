@@ -327,6 +327,22 @@ async def test_random_crashes_lose_nothing(server: FakeServer, seed: int) -> Non
     assert server.connections > 2
 
 
+async def test_a_flush_covers_only_what_was_acknowledged_before_it(server: FakeServer) -> None:
+    server.held = lambda asked: asked.command == Cmd.FLUSH
+    async with connected(server) as disk:
+        await write(disk, 0, b"1" * 512)
+        server.open.clear()
+        flushing = begin(act(disk, FLUSH))
+        await server.until(lambda: len(server.log) == 2)
+        await write(disk, 512, b"2" * 512)
+        server.open.set()
+        await flushing
+        server.durable[512:1024] = bytes(512)
+        await server.crash()
+        assert await read(disk, 0, 1024) == b"1" * 512 + b"2" * 512
+        assert commands(server)[-2:] == [Cmd.WRITE, Cmd.READ]
+
+
 async def test_crash_while_restoring(server: FakeServer) -> None:
     async with connected(server) as disk:
         await write(disk, 0, b"1" * 4096)

@@ -43,6 +43,8 @@ class FakeServer:
     """Sent instead of the real one."""
     failure: Callable[[Asked], int] = lambda asked: 0
     """The errno to answer a request with."""
+    held: Callable[[Asked], bool] = lambda asked: True
+    """Which requests wait for `open`."""
     extents: Sequence[tuple[int, int]] = ()
     junk: bytes = b""
     """Sent in front of each reply."""
@@ -181,7 +183,7 @@ class FakeServer:
                 async with self.arrived:
                     self.log.append(asked)
                     self.arrived.notify_all()
-                if self.open.is_set():
+                if self.open.is_set() or not self.held(asked):
                     writer.write(self._answer(asked, cookie, payload, session) + self.junk_behind)
                 else:
                     background.add(asyncio.ensure_future(self._late(writer, asked, cookie, payload, session)))
