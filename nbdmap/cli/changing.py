@@ -215,9 +215,8 @@ def wait(session: Session, words: Sequence[str]) -> None:
     device = session.device(word)
     rest = words if word is None else words[1:]
     number = re.match(r"\s*([0-9]{1,10})", rest[-1]) if rest else None
-    session.ioctl("waitevent", "wait", device, event=int(number[1]) if number else 0)
-    if session.options.verbosity:
-        session.verbose(session.infos(device)[0])
+    info = session.ioctl("waitevent", "wait", device, event=int(number[1]) if number else 0)
+    session.verbose({**info, **device})  # the name that was given, though it may be another now
 
 
 def export(session: Session, words: Sequence[str]) -> None:

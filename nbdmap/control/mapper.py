@@ -172,9 +172,9 @@ class Mapper:
         """Gives a device that has none a uuid. Raises InvalidArgument when it has one, Busy when another has this one."""
         if not uuid:
             raise InvalidArgument("the uuid is empty")
+        self._check_uuid(uuid)
         if device.uuid:
             raise InvalidArgument(f"{device.name} already has the uuid {device.uuid!r}")
-        self._check_uuid(uuid)
         device.uuid = uuid
         device.event()
 

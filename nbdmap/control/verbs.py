@@ -197,9 +197,10 @@ class Verbs:
         return [self._describe(device, inactive) for device in self._devices(name, uuid)]
 
     async def wait(self, name: str = "", event: int | None = None, uuid: str = "") -> Data:
-        """Waits until the event number of a device differs from `event` (default: the present one)."""
+        """Waits until the event number of a device differs from `event` (default: the present one); then its state."""
         device = self._device(name, uuid)
-        return {"event": await device.wait(event)}
+        number = await device.wait(event)
+        return {**self._describe(device), "event": number}
 
     async def targets(self) -> list[Data]:
         """The target types, the newest registered first."""
