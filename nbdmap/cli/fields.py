@@ -1,8 +1,7 @@
 """The columns of `info -c`, of splitname and of stats."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from nbdmap.cli.names import LvmName, kernel_name, mangle, split_lvm, subsystem_of, unmangle
 from nbdmap.cli.report import SELECTED, Field, Value
@@ -16,9 +15,8 @@ SPLIT_DEFAULT: Final = "vg_name,lv_name,lv_layer"
 STATS_DEFAULT: Final = "name,reads,read_bytes,writes,write_bytes,flushes,discards,zeroes,errors,in_flight,connections"
 
 
-@dataclass(frozen=True, slots=True)
-class InfoRow:
-    """A device and, where a column asks for it, its place among all of them; `block_names` has those of mapped devices."""
+class InfoRow(NamedTuple):
+    """A device and, where a column asks for it, its place among all of them."""
 
     info: Info
     forest: Callable[[], Forest]
@@ -127,8 +125,7 @@ INFO_FIELDS: Final[Sequence[Field]] = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class SplitRow:
+class SplitRow(NamedTuple):
     """The row of splitname."""
 
     lvm: LvmName

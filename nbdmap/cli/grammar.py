@@ -8,7 +8,6 @@ option that a verb does not use does nothing, as with dmsetup. `serve` has optio
 
 import getopt
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from nbdmap.cli.errors import UsageError
@@ -213,12 +212,12 @@ _LONG: Final = [option.long + "=" * bool(option.value) for option in OPTIONS]
 _BY_LETTER: Final = {letter: option.long for option in OPTIONS for letter in option.short}
 
 
-@dataclass(frozen=True, slots=True)
 class Options(Mapping[str, str | None]):
     """The options that were given, by long name; of one that was given twice the last counts."""
 
-    given: Mapping[str, str | None]
-    verbosity: int = 0
+    def __init__(self, given: Mapping[str, str | None], verbosity: int = 0) -> None:
+        self.given = given
+        self.verbosity = verbosity
 
     def __getitem__(self, name: str) -> str | None:
         return self.given[name]
@@ -247,8 +246,7 @@ class Options(Mapping[str, str | None]):
         return (self.given.get("manglename") or "auto").lower()
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
+class Command(NamedTuple):
     """A command line that was read; `verb` is "" when there is none."""
 
     verb: str

@@ -56,7 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
-        status = run(arguments, Connection, Surroundings())
+        directory = os.getcwd()
+    except FileNotFoundError:  # it was removed
+        directory = "/"
+    try:
+        status = run(arguments, Connection, Surroundings(sys.stdin, sys.stdout, sys.stderr, os.environ, directory))
         sys.stdout.flush()
     except BrokenPipeError:  # `nbdmap events | head`: who read it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

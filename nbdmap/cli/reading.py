@@ -1,7 +1,7 @@
 """The verbs that only read."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import nbdmap
@@ -337,7 +337,8 @@ def completion(session: Session, words: Sequence[str]) -> None:
     """completion bash."""
     if words != ["bash"]:
         raise UsageError(f"There is no completion for {words[0]}, only for bash.")
-    session.write((Path(nbdmap.__file__).parent / "completions" / "nbdmap.bash").read_text())
+    with open(os.path.join(os.path.dirname(nbdmap.__file__), "completions", "nbdmap.bash"), encoding="utf-8") as script:
+        session.write(script.read())
 
 
 def help_verbs(session: Session, _: Sequence[str]) -> None:

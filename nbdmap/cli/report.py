@@ -8,7 +8,6 @@ without another separator, values are separated by ":". Field names are compared
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from nbdmap.cli.errors import UsageError
@@ -29,8 +28,7 @@ class Field(NamedTuple):
     value: Callable[[Any], Value]
 
 
-@dataclass(frozen=True, slots=True)
-class Style:
+class Style(NamedTuple):
     """How a report is laid out."""
 
     headings: bool = True
@@ -41,6 +39,8 @@ class Style:
     rows: bool = False
 
 
+_PLAIN: Final = Style()
+_EVERYTHING: Final = Everything()
 SELECTED: Final = Field("selected", "Selected", 8, True, "special", "Set if item passes selection criteria.", lambda row: 1)
 
 
@@ -80,15 +80,18 @@ def sort_keys(fields: Sequence[Field], words: str) -> list[tuple[Field, bool]]:
     return list(keys.values())
 
 
-@dataclass(slots=True)
 class Report:
     """Rows being gathered, then their text."""
 
-    columns: Sequence[Field]
-    style: Style = Style()
-    keys: Sequence[tuple[Field, bool]] = ()
-    selection: Selection = field(default_factory=Everything)
-    _rows: list[Mapping[str, Value]] = field(default_factory=list)
+    def __init__(
+        self, columns: Sequence[Field], style: Style = _PLAIN, keys: Sequence[tuple[Field, bool]] = (),
+        selection: Selection = _EVERYTHING,
+    ) -> None:  # fmt: skip
+        self.columns = columns
+        self.style = style
+        self.keys = keys
+        self.selection = selection
+        self._rows: list[Mapping[str, Value]] = []
 
     def add(self, item: object) -> bool:
         """Adds a row unless the selection leaves it out; says whether the selection takes it."""

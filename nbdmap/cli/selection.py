@@ -8,7 +8,6 @@ expression anywhere in the text.
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from nbdmap.cli.errors import UsageError
@@ -52,12 +51,12 @@ class Everything:
         return iter(())
 
 
-@dataclass(frozen=True, slots=True)
 class Term:
     """One comparison."""
 
-    field: Any
-    test: Callable[[Any], bool]
+    def __init__(self, field: Any, test: Callable[[Any], bool]) -> None:
+        self.field = field
+        self.test = test
 
     def matches(self, row: Row) -> bool:
         return self.test(row[self.field.id])
@@ -66,12 +65,12 @@ class Term:
         yield self.field
 
 
-@dataclass(frozen=True, slots=True)
 class Joined:
     """All, or any, of several."""
 
-    parts: Sequence[Selection]
-    combine: Callable[[Iterator[bool]], bool]
+    def __init__(self, parts: Sequence[Selection], combine: Callable[[Iterator[bool]], bool]) -> None:
+        self.parts = parts
+        self.combine = combine
 
     def matches(self, row: Row) -> bool:
         return self.combine(part.matches(row) for part in self.parts)
@@ -81,11 +80,11 @@ class Joined:
             yield from part.fields()
 
 
-@dataclass(frozen=True, slots=True)
 class Not:
     """The opposite."""
 
-    part: Selection
+    def __init__(self, part: Selection) -> None:
+        self.part = part
 
     def matches(self, row: Row) -> bool:
         return not self.part.matches(row)

@@ -1,11 +1,9 @@
 """What a command works with: the server, the options, where its output goes, and what it is told of its surroundings."""
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from nbdmap.cli import names, render
 from nbdmap.cli.errors import CommandFailed, UsageError
@@ -22,15 +20,14 @@ def execute(arguments: Sequence[str]) -> None:
     os.waitpid(child, 0)
 
 
-@dataclass(slots=True)
-class Surroundings:
+class Surroundings(NamedTuple):
     """Everything of the process that a command uses."""
 
-    stdin: TextIO = field(default_factory=lambda: sys.stdin)
-    stdout: TextIO = field(default_factory=lambda: sys.stdout)
-    stderr: TextIO = field(default_factory=lambda: sys.stderr)
-    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
-    directory: str = field(default_factory=os.getcwd)
+    stdin: TextIO
+    stdout: TextIO
+    stderr: TextIO
+    environment: Mapping[str, str]
+    directory: str
     execute: Callable[[Sequence[str]], None] = execute
     sleep: Callable[[float], None] = time.sleep
 
@@ -55,13 +52,13 @@ class Surroundings:
         return columns - 3 if columns > 3 else 80
 
 
-@dataclass(slots=True)
 class Session:
     """One command being done."""
 
-    server: Server
-    options: Options
-    around: Surroundings
+    def __init__(self, server: Server, options: Options, around: Surroundings) -> None:
+        self.server = server
+        self.options = options
+        self.around = around
 
     def write(self, text: str) -> None:
         """Prints `text`, which ends its lines itself."""

@@ -10,7 +10,6 @@ another is not shown at the top.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from nbdmap.cli.errors import UsageError
@@ -21,16 +20,16 @@ MAX_DEPTH: Final = 98
 """Deeper nodes are left out, as in dmsetup."""
 
 
-@dataclass(eq=False, slots=True)
 class Node:
     """A device: `info` is None for one that is not mapped."""
 
-    number: str
-    name: str
-    blkdevname: str
-    info: Info | None
-    uses: list["Node"] = field(default_factory=list)
-    used_by: list["Node"] = field(default_factory=list)
+    def __init__(self, number: str, name: str, blkdevname: str, info: Info | None) -> None:
+        self.number = number
+        self.name = name
+        self.blkdevname = blkdevname
+        self.info = info
+        self.uses: list[Node] = []
+        self.used_by: list[Node] = []
 
 
 class Forest:
@@ -97,8 +96,7 @@ _ORDER: Final = ("device", "blkdevname", "nodevice", "status", "table", "active"
                  "utf", "vt100", "ascii", "inverted", "compact", "notrunc")  # fmt: skip
 
 
-@dataclass(slots=True)
-class TreeStyle:
+class TreeStyle(NamedTuple):
     """What `ls --tree -o` says. `width` is the widest line, beyond which "..." stands."""
 
     symbols: Symbols = ASCII
@@ -127,17 +125,18 @@ class TreeStyle:
 
 def tree_style(options: str | None, *, utf: bool, width: int) -> TreeStyle:
     """The style for the words of -o, each of which may be abbreviated. Raises UsageError."""
-    style = TreeStyle(UTF if utf else ASCII, width)
+    symbols = UTF if utf else ASCII
+    switches: dict[str, bool] = {}
     for word in options.split(",") if options else []:
         name = next((one for one in _ORDER if one.startswith(word)), None)
         if name is None:
             raise UsageError(f"Tree options not recognised: {word}.")
-        if symbols := _SYMBOLS.get(name):
-            style.symbols = symbols
+        if name in _SYMBOLS:
+            symbols = _SYMBOLS[name]
         else:
             switch, value = _SWITCHES[name]
-            setattr(style, switch, value)
-    return style
+            switches[switch] = value
+    return TreeStyle(symbols, width, **switches)
 
 
 def draw(infos: Sequence[Info], style: TreeStyle) -> str:

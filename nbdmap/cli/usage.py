@@ -9,6 +9,12 @@ from nbdmap.cli.grammar import OPTIONS, VERBS, Verb
 
 _ALWAYS: Final = ("socket", "manglename", "help")
 _BY_NAME: Final = {option.long: option for option in OPTIONS}
+_WORDS: Final = {
+    "DEVICE": "NAME or /dev/mapper/NAME", "NAME": "a device's name", "TABLE_FILE": "a file with the table",
+    "EVENT": "the number to wait beyond", "TYPE": "a target type", "WORD": "the words of the message",
+    "SECTOR": "where the target is in the device, 0 for the first", "NEW_NAME": "the new name, or with --setuuid the uuid",
+    "SUBSYSTEM": "who made the name (default: LVM)",
+}  # fmt: skip
 DEVICES: Final = {"bash": "_nbdmap_devices"}
 TYPES: Final = {"bash": "_nbdmap_types"}
 FILES: Final = {"bash": "_shtab_compgen_files"}
@@ -68,10 +74,10 @@ def _add_words(parser: argparse.ArgumentParser, name: str, verb: Verb) -> None:
     for word in verb.arguments.split():
         plain = word.strip("[].")
         if name == "completion":
-            parser.add_argument("shell", choices=["bash"], help=argparse.SUPPRESS)
+            parser.add_argument("shell", choices=["bash"], help="the shell")
             continue
         many = {"nargs": "*"} if "..." in word else {"nargs": "?"} if word.startswith("[") else {}
-        added: Any = parser.add_argument(plain.lower(), metavar=plain, help=argparse.SUPPRESS, **many)  # type: ignore[arg-type]
+        added: Any = parser.add_argument(plain.lower(), metavar=plain, help=_WORDS.get(plain, ""), **many)  # type: ignore[arg-type]
         if plain == "DEVICE":
             added.complete = DEVICES
         elif plain == "TYPE":

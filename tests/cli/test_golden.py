@@ -159,7 +159,8 @@ def replay(made: World, steps: list[Step], known: list[Difference]) -> tuple[lis
             made.step(step)
             continue
         seen[step.text] += 1
-        difference = next((one for one in known if one.command == step.text and (not one.nth or seen[step.text] in one.nth)), None)
+        candidates = (one for one in known if one.command == step.text and (not one.nth or seen[step.text] in one.nth))
+        difference = next(candidates, None)
         if difference is not None and difference.instead is not None:
             for command in difference.instead:
                 made.step(Step("$", command))
