@@ -2,7 +2,8 @@
 
 import os
 import subprocess
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -82,6 +83,15 @@ def run(
     text = " ".join(map(str, command))
     assert done.returncode == 0, f"{text[-1000:]}\nexit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None, seconds: float = 20) -> None:
+    """Returns as soon as `condition` holds. AssertionError when `process` ends first, or in the end."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, f"{process.args!r} has ended with {process.returncode}"
+        assert time.monotonic() < deadline, f"not so within {seconds} s"
+        time.sleep(0.01)
 
 
 def nbdsh(script: str, uri: str = "", *, connect: bool = True, extra: Mapping[str, str] | None = None) -> str:

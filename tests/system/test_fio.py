@@ -54,5 +54,6 @@ def test_random_writes_are_read_back(server: Server, name: str) -> None:
 @pytest.mark.parametrize("name", ["linear", "striped"])
 def test_large_requests_and_trims(server: Server, name: str) -> None:
     """fio would send a trim and a write of the same block side by side, which promises nothing, but for serialize_overlap."""
-    fio(server.uri(name), "--size=12m", "--offset_increment=16m", "--rw=write", "--bs=1m", "--iodepth=8", "--end_fsync=1")
-    fio(server.uri(name), "--size=12m", "--offset_increment=16m", "--rw=randtrimwrite", "--bs=64k", "--number_ios=400", "--serialize_overlap=1")
+    shares = ("--size=12m", "--offset_increment=16m")
+    fio(server.uri(name), *shares, "--rw=write", "--bs=1m", "--iodepth=8", "--end_fsync=1")
+    fio(server.uri(name), *shares, "--rw=randtrimwrite", "--bs=64k", "--number_ios=400", "--serialize_overlap=1")
