@@ -21,7 +21,7 @@ from nbdmap.nbd.uri import Uri
 from nbdmap.server.connection import Connection, DeviceExports
 
 BACKLOG: Final = 1024
-GRACE_SECONDS: Final = 1.5
+GRACE_SECONDS: Final = 1.2
 """How long requests in flight may take to finish when the server stops."""
 
 log = logging.getLogger(__name__)
