@@ -1,19 +1,12 @@
 import struct
-from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nbdmap.errors import AccessRefused, Busy, IoFailed, NbdmapError, NoSuchDevice, NotFound, ProtocolError
 from nbdmap.nbd.constants import (
-    BLOCK_STATUS_PAYLOAD,
-    HAS_FLAGS,
     INIT_MAGIC,
     OPTION_MAGIC,
-    REPLY_MAGIC,
     SEND_DF,
-    SEND_FLUSH,
     Info,
     Opt,
     Rep,
@@ -23,111 +16,29 @@ from nbdmap.nbd.handshake import (
     MAX_OPTION_DATA,
     MAX_OPTIONS,
     MAX_QUERIES,
-    Export,
     ServerHandshake,
     Session,
     State,
     TlsMode,
 )
-
-DISK = Export("disk", "a disk", 1 << 30, HAS_FLAGS | SEND_FLUSH | BLOCK_STATUS_PAYLOAD, 1, 4096, 32 << 20)
-STRICT = Export("strict", "", 1 << 20, HAS_FLAGS, 512, 4096, 1 << 20)
-LONGEST = "é" * 2048
-FIXED, BOTH = struct.pack(">I", 1), struct.pack(">I", 3)
-PLAIN = HAS_FLAGS | SEND_FLUSH
-ALLOCATION = b"base:allocation"
-
-Reply = tuple[int, int, bytes]
-
-
-class FakeExports:
-    """Two exports, of which the first is the default, and names that are refused; counts how often it is asked."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self.refusal: NbdmapError | None = None
-
-    def list(self) -> Sequence[tuple[str, str]]:
-        self.asked += 1
-        if self.refusal:
-            raise self.refusal
-        return [("disk", "a disk"), ("strict", "")]
-
-    def find(self, name: str) -> Export:
-        self.asked += 1
-        if self.refusal:
-            raise self.refusal
-        if name in ("", "disk"):
-            return DISK
-        if name == "strict":
-            return STRICT
-        raise NotFound(f"there is no export {name!r}")
-
-
-def option(number: int, data: bytes = b"") -> bytes:
-    return struct.pack(">QII", OPTION_MAGIC, number, len(data)) + data
-
-
-def info(name: str, *wanted: int) -> bytes:
-    raw = name.encode()
-    return struct.pack(f">I{len(raw)}sH{len(wanted)}H", len(raw), raw, len(wanted), *wanted)
-
-
-def query(name: str, *queries: bytes) -> bytes:
-    raw = name.encode()
-    start = struct.pack(f">I{len(raw)}sI", len(raw), raw, len(queries))
-    return start + b"".join(struct.pack(">I", len(text)) + text for text in queries)
-
-
-def replies(data: bytes | bytearray) -> list[Reply]:
-    """The option replies in what a server said: (option, type, data)."""
-    found = []
-    while data:
-        magic, number, kind, length = struct.unpack_from(">QIII", data)
-        assert magic == REPLY_MAGIC
-        assert kind < 2**31 or length <= 4096, "an error's text is short"
-        assert len(data) >= 20 + length
-        found.append((number, kind, bytes(data[20 : 20 + length])))
-        data = data[20 + length :]
-    return found
-
-
-def greeted(flags: bytes = BOTH, tls: TlsMode = TlsMode.OFF, exports: FakeExports | None = None) -> ServerHandshake:
-    handshake = ServerHandshake(exports or FakeExports(), tls)
-    handshake.output.clear()
-    handshake.feed(flags)
-    assert not handshake.output
-    return handshake
-
-
-def ask(handshake: ServerHandshake, number: int, data: bytes = b"") -> list[tuple[int, bytes]]:
-    """Sends an option; its replies: (type, data)."""
-    handshake.feed(option(number, data))
-    found = replies(handshake.output)
-    handshake.output.clear()
-    assert all(answered == number for answered, _, _ in found)
-    return [(kind, content) for _, kind, content in found]
-
-
-def final(handshake: ServerHandshake, number: int, data: bytes = b"") -> int:
-    return ask(handshake, number, data)[-1][0]
-
-
-def state_of(handshake: ServerHandshake) -> State:
-    """The state; a function, because mypy believes that an attribute stays what it was."""
-    return handshake.state
-
-
-def start_tls(handshake: ServerHandshake) -> None:
-    assert ask(handshake, Opt.STARTTLS) == [(Rep.ACK, b"")]
-    assert state_of(handshake) is State.STARTING_TLS
-    handshake.tls_started()
-    assert state_of(handshake) is State.NEGOTIATING
-
-
-def info_export(export: Export, flags: int) -> tuple[int, bytes]:
-    return Rep.INFO, struct.pack(">HQH", Info.EXPORT, export.size, flags)
-
+from tests.support.handshake import (
+    ALLOCATION,
+    BOTH,
+    DISK,
+    LONGEST,
+    PLAIN,
+    FakeExports,
+    ask,
+    final,
+    greeted,
+    info,
+    info_export,
+    option,
+    query,
+    replies,
+    start_tls,
+    state_of,
+)
 
 # --- every message: whole, byte by byte, with trailing junk ------------------------------------------------------------
 EXCHANGES: dict[str, tuple[bytes, list[int], State]] = {
@@ -344,32 +255,6 @@ def test_info_and_go_say_the_same() -> None:
     assert handshake.session.export.name == "disk"
 
 
-def test_no_zeroes_are_never_appended_to_go() -> None:
-    handshake = greeted(FIXED)
-    assert ask(handshake, Opt.GO, info("")) == [info_export(DISK, PLAIN), (Rep.ACK, b"")]
-
-
-def test_empty_description_is_not_sent() -> None:
-    assert ask(greeted(), Opt.INFO, info("strict", Info.DESCRIPTION)) == [
-        info_export(STRICT, HAS_FLAGS),
-        (Rep.INFO, struct.pack(">HIII", 3, 512, 4096, 1 << 20)),
-        (Rep.ACK, b""),
-    ]
-
-
-def test_repeated_requests_do_not_amplify() -> None:
-    handshake = greeted()
-    many = ask(handshake, Opt.INFO, info("disk", *[1, 2, 3] * 5000))
-    assert many == ask(handshake, Opt.INFO, info("disk", 1, 2, 3))
-    assert ask(handshake, Opt.INFO, info("disk", *range(30000)))[-1] == (Rep.ACK, b"")
-
-
-def test_errors_keep_haggling() -> None:
-    handshake = greeted()
-    assert final(handshake, Opt.GO, info("nope")) == Rep.ERR_UNKNOWN
-    assert final(handshake, Opt.GO, info("disk")) == Rep.ACK
-
-
 # --- structured replies, extended headers, contexts --------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "flags", "structured", "extended"),
@@ -450,33 +335,6 @@ def test_many_queries_are_too_big_and_do_not_amplify() -> None:
     assert len(ask(handshake, Opt.LIST_META_CONTEXT, query("", *[ALLOCATION] * MAX_QUERIES))) == 2
     assert final(handshake, Opt.LIST_META_CONTEXT, query("", *[b""] * (MAX_QUERIES + 1))) == Rep.ERR_TOO_BIG
     assert final(handshake, Opt.SET_META_CONTEXT, query("", *[b""] * (MAX_QUERIES + 1))) == Rep.ERR_TOO_BIG
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        query("disk"),
-        query("nope", ALLOCATION),
-        query("strict", ALLOCATION),
-        query("disk", b"base:\xff"),
-        bytes(MAX_OPTION_DATA + 1),
-    ],
-)
-def test_set_replaces_even_when_it_fails(data: bytes) -> None:
-    handshake = greeted()
-    assert final(handshake, Opt.STRUCTURED_REPLY) == Rep.ACK
-    assert final(handshake, Opt.SET_META_CONTEXT, query("disk", ALLOCATION)) == Rep.ACK
-    final(handshake, Opt.SET_META_CONTEXT, data)
-    assert final(handshake, Opt.GO, info("disk")) == Rep.ACK
-    assert handshake.session.contexts == {}
-
-
-def test_contexts_are_void_for_another_export() -> None:
-    handshake = greeted()
-    assert final(handshake, Opt.STRUCTURED_REPLY) == Rep.ACK
-    assert final(handshake, Opt.SET_META_CONTEXT, query("", ALLOCATION)) == Rep.ACK
-    assert final(handshake, Opt.GO, info("disk")) == Rep.ACK
-    assert handshake.session.contexts == {}
 
 
 # --- TLS ---------------------------------------------------------------------------------------------------------------
@@ -562,16 +420,6 @@ def test_no_option_data_beyond_the_limit_is_read(number: int) -> None:
     assert handshake.state is State.CLOSED
 
 
-def test_drained_data_is_not_kept() -> None:
-    handshake = greeted()
-    handshake.feed(struct.pack(">QII", OPTION_MAGIC, Opt.GO, MAX_DRAINED_DATA))
-    for _ in range(MAX_DRAINED_DATA // 65536):
-        assert not handshake.output
-        handshake.feed(bytes(65536))
-        assert len(handshake._received) < 65536
-    assert replies(handshake.output)[-1][1] == Rep.ERR_TOO_BIG
-
-
 def test_number_of_options() -> None:
     handshake = greeted()
     for _ in range(MAX_OPTIONS - 1):
@@ -596,60 +444,3 @@ def test_shutting_down() -> None:
         assert final(handshake, number) == Rep.ERR_SHUTDOWN
     assert ask(handshake, Opt.ABORT) == [(Rep.ACK, b"")]
     assert (handshake.state, handshake.failure) == (State.CLOSED, "")
-
-
-SESSION = BOTH + option(Opt.STRUCTURED_REPLY) + option(99, b"data") + option(Opt.LIST)
-ENDS = {0, 4, 4 + 16, 4 + 16 + 20, 4 + 16 + 20 + 16}
-
-
-@pytest.mark.parametrize("length", range(len(SESSION) + 1))
-def test_leaving_at_every_byte(length: int) -> None:
-    handshake = ServerHandshake(FakeExports())
-    handshake.feed(SESSION[:length])
-    handshake.eof()
-    assert handshake.state is State.CLOSED
-    assert bool(handshake.failure) == (length not in ENDS)
-    handshake.eof()
-
-
-# --- anything at all ---------------------------------------------------------------------------------------------------
-NUMBERS = st.integers(0, 12) | st.integers(0, 2**32 - 1)
-DATA = st.one_of(
-    st.just(b""),
-    st.binary(max_size=40),
-    st.builds(info, st.sampled_from(["", "disk", "strict", "nope"]), st.integers(0, 5)),
-    st.builds(query, st.sampled_from(["", "disk", "nope"]), st.sampled_from([ALLOCATION, b"base:", b"x"])),
-)
-OPTIONS = st.lists(st.builds(option, NUMBERS, DATA) | st.binary(max_size=3), max_size=12).map(b"".join)
-
-
-def in_step(handshake: ServerHandshake) -> None:
-    """What must hold after any input."""
-    if handshake.state is State.TRANSMISSION:
-        assert isinstance(handshake.session, Session)
-    assert not handshake.failure or handshake.state is State.CLOSED
-    assert len(handshake._received) <= MAX_OPTION_DATA
-    assert len(handshake.output) < 1 << 20
-
-
-@settings(deadline=None)
-@given(st.binary(max_size=200), st.sampled_from(TlsMode))
-def test_random_bytes(data: bytes, tls: TlsMode) -> None:
-    handshake = ServerHandshake(FakeExports(), tls)
-    handshake.feed(data)
-    in_step(handshake)
-
-
-@settings(deadline=None)
-@given(OPTIONS, st.sampled_from(TlsMode), st.lists(st.integers(1, 50)))
-def test_random_options_in_random_pieces(data: bytes, tls: TlsMode, lengths: list[int]) -> None:
-    whole, pieces = greeted(tls=tls), greeted(tls=tls)
-    whole.feed(data)
-    for length in lengths:
-        pieces.feed(data[:length])
-        data = data[length:]
-    pieces.feed(data)
-    in_step(whole)
-    in_step(pieces)
-    assert (whole.state, whole.failure, whole.leftover) == (pieces.state, pieces.failure, pieces.leftover)
-    assert whole.output == pieces.output
