@@ -47,6 +47,7 @@ STOP_SECONDS: Final = 1.9
 AGAIN_SECONDS: Final = 0.5
 SWITCH_SECONDS: Final = 0.0005
 """How long a thread may hold the interpreter while the event loop waits for it."""
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,15 @@ def _context(tls: TlsEntry | None) -> ssl.SSLContext | None:
     return server_context(tls.certificates, tls.verify_peer) if tls else None
 
 
+def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
+    """What still comes finds a process that is ending anyway, and must not change its status."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    for number in _SIGNALS:
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
 def _with_port(uri: Uri) -> str:
     """The URI with its port, even if that is the usual one."""
     return f"{uri}:{uri.port}" if uri.port == DEFAULT_PORT and not uri.socket else str(uri)
@@ -141,6 +151,7 @@ class Program:
         finally:
             stopped.cancel()
             status = await self._end(work, status)
+            _ignore_signals(loop)
         return status
 
     async def _work(self) -> int:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -14,78 +13,26 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 
 from nbdmap.cli import server
 from nbdmap.cli.serve import Options
 from nbdmap.nbd.uri import Uri
-from tests.support.clients import attempt, nbdsh, run
+from tests.support.clients import environment as environment_of_clients
+from tests.support.clients import nbdsh, run
+from tests.support.process import SECONDS, Process, listening, process, serve
 from tests.support.programs import need
 from tests.support.server import PROGRAM, REPOSITORY, private_directory, serving
 
-SECONDS: Final = 20.0
 DISKS: Final = "disks: {d0: {memory: 1M}, d1: {memory: 1M}}\n"
-
-
-class Process:
-    """A process whose stderr is read line by line."""
-
-    def __init__(self, directory: Path, *arguments: str, **options: Any) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NBDMAP_SOCKET": str(directory / "admin.sock")}
-        environment |= options.pop("environment", {})
-        self.popen = subprocess.Popen(
-            [*PROGRAM, "serve", *arguments], cwd=directory, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=environment, **options,
-        )  # fmt: skip
-        self.log = ""
-
-    def expect(self, pattern: str) -> re.Match[str]:
-        """Reads on until `pattern` is found in what was not looked at before."""
-        deadline = time.monotonic() + SECONDS
-        assert self.popen.stderr is not None
-        start = len(self.log)
-        while not (match := re.compile(pattern).search(self.log, start)):
-            ready, _, _ = select.select([self.popen.stderr], [], [], max(0.0, deadline - time.monotonic()))
-            more = os.read(self.popen.stderr.fileno(), 65536) if ready else b""
-            assert more, f"{pattern!r} did not come:\n{self.log}"
-            self.log += more.decode()
-        return match
-
-    def end(self) -> int:
-        """Waits for its end; its status."""
-        out, errors = self.popen.communicate(timeout=SECONDS)
-        self.log += out.decode() + errors.decode()
-        assert "Traceback" not in self.log, self.log
-        return self.popen.returncode
 
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
     with private_directory() as made:
         yield made
-
-
-@contextlib.contextmanager
-def process(directory: Path, *arguments: str, **options: Any) -> Iterator[Process]:
-    made = Process(directory, *arguments, **options)
-    try:
-        yield made
-    finally:
-        if made.popen.poll() is None:
-            made.popen.kill()
-        made.popen.communicate()
-
-
-def serve(directory: Path, *arguments: str, **options: Any) -> tuple[int, str]:
-    """Runs it to its end: status and output."""
-    with process(directory, *arguments, **options) as made:
-        return made.end(), made.log
-
-
-def listening(directory: Path) -> str:
-    return f"nbd+unix:///?socket={directory}/nbd.sock"
 
 
 # --- --run -----------------------------------------------------------------------------------------------------------------
@@ -215,10 +162,15 @@ async def test_the_usual_admin_socket_may_be_missing(
     options = Options(tables=(("a", "0 8 zero"),))
     program = server.Program(options, server.read(options), (Uri(socket=f"{directory}/nbd.sock"),), [])
     work = asyncio.ensure_future(program.run())
-    async with asyncio.timeout(SECONDS):
-        await ready.wait()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert await work == 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        async with asyncio.timeout(SECONDS):
+            await ready.wait()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert await work == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert "without an admin socket: " in caplog.text
 
 
@@ -351,15 +303,22 @@ def stuck(directory: Path) -> Iterator[Process]:
         made.expect("export 'a'")
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NBDMAP_SOCKET": str(directory / "admin.sock")}
         subprocess.run([*PROGRAM, "suspend", "a"], env=environment, check=True)
-        client = subprocess.Popen(
-            [need("nbdcopy", "libnbd-bin"), listening(directory), "null:"], stderr=subprocess.DEVNULL
+        script = (
+            "h.set_strict_mode(0); h.connect_uri(URI); b = nbd.Buffer(512); h.aio_pread(b, 0)\n"
+            "try: h.pread(512, 1 << 40)\n"
+            "except nbd.Error: print('refused, so the first is inside', flush=True)\n"
+            "h.poll(-1)"
         )
-        try:
-            made.expect("connected to 'a'")
-            yield made
-        finally:
-            client.kill()
-            client.wait()
+        with subprocess.Popen(
+            [need("nbdsh", "python3-libnbd"), "-c", f"URI = {listening(directory)!r}", "-c", script],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment_of_clients(),
+        ) as client:  # fmt: skip
+            try:
+                assert client.stdout
+                assert b"inside" in client.stdout.readline()
+                yield made
+            finally:
+                client.kill()
 
 
 def test_it_ends_within_two_seconds_whatever_is_in_flight(directory: Path) -> None:
@@ -402,49 +361,3 @@ def test_it_ends_with_the_process_that_started_it(directory: Path) -> None:
             assert select.select([ended], [], [], SECONDS)[0]
         finally:
             os.close(ended)
-
-
-# --- the log ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_log_for_programs(directory: Path) -> None:
-    with process(directory, "--device", "a=0 8 zero", "--listen", listening(directory), "--log", "json") as made:
-        made.expect("export 'a'.*\n")
-        made.popen.terminate()
-        assert made.end() == 0
-    entries = [json.loads(line) for line in made.log.splitlines()]
-    assert {"level": "info", "logger": "nbdmap.cli.server", "message": "export 'a': 4096 bytes"} in [
-        {key: value for key, value in entry.items() if key != "time"} for entry in entries
-    ]
-
-
-def test_a_log_for_the_journal(directory: Path) -> None:
-    read_end, write_end = os.pipe()
-    status = os.fstat(write_end)
-    done = subprocess.run(
-        [*PROGRAM, "serve", "none.yaml"], stderr=write_end, cwd=directory, check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
-    )  # fmt: skip
-    os.close(write_end)
-    with open(read_end) as log:
-        assert log.read() == "<3>none.yaml: no such file\n"
-    assert done.returncode == 1
-
-
-def test_a_log_that_nobody_reads_stops_nothing(directory: Path) -> None:
-    arguments = ("-v", "--device", "a=0 8 zero", "--listen", listening(directory))
-    with process(directory, *arguments, pipesize=4096) as made:
-        made.expect("export 'a'")
-        assert made.popen.stderr is not None
-        assert fcntl.fcntl(made.popen.stderr.fileno(), fcntl.F_GETPIPE_SZ) == 4096
-        for _ in range(300):
-            with socket.socket(socket.AF_UNIX) as client:
-                client.settimeout(SECONDS)
-                client.connect(str(directory / "nbd.sock"))
-                assert client.recv(18, socket.MSG_WAITALL).startswith(b"NBDMAGIC")
-                client.sendall(b"\xff" * 16)
-                while client.recv(4096):
-                    pass
-        assert attempt("nbdinfo", "--size", listening(directory)).stdout == "4096\n"
-        made.popen.terminate()
-        assert made.popen.wait(2.0) == 0
