@@ -216,7 +216,7 @@ def wait(session: Session, words: Sequence[str]) -> None:
     rest = words if word is None else words[1:]
     number = re.match(r"\s*([0-9]{1,10})", rest[-1]) if rest else None
     info = session.ioctl("waitevent", "wait", device, event=int(number[1]) if number else 0)
-    session.verbose({**info, **device})  # the name that was given, though it may be another now
+    session.verbose({**info, **(device if word is not None else {})})  # the name that was given, though it may be another now
 
 
 def export(session: Session, words: Sequence[str]) -> None:

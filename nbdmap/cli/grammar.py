@@ -286,6 +286,8 @@ def _check(options: Options) -> None:
 def check_words(command: Command) -> Verb:
     """The verb of a command, if it has the right number of words. Raises UsageError."""
     verb = VERBS.get(command.verb)
+    if command.verb == "serve":
+        raise UsageError("serve is the first word: nbdmap serve [OPTION...] [CONFIG.yaml]")
     if verb is None:
         raise UsageError(f"Unknown command: {command.verb}" if command.verb else "No command is given.")
     if len(command.words) < verb.least or (verb.most is not None and len(command.words) > verb.most):

@@ -46,7 +46,7 @@ def test_what_cannot_be_read(line: str, complaint: str) -> None:
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ("", "No command is given"), ("frob", "Unknown command: frob"),
+        ("", "No command is given"), ("--json serve", "serve is the first word"), ("frob", "Unknown command: frob"),
         ("ls x", "Incorrect number of arguments: nbdmap ls"), ("rename", "nbdmap rename DEVICE NEW_NAME"),
         ("load a b c", "nbdmap load DEVICE [TABLE_FILE]"),
     ],
