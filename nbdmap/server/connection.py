@@ -121,6 +121,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client is gone. Requests in flight run to their end; then the device is given back."""
+        if self._lost:
+            return
         self._lost = self._ending = True
         self._deadline.cancel()
         self._clients.discard(self)
@@ -178,9 +180,10 @@ class Connection(asyncio.BufferedProtocol):
             self._transport = transport
             self._transport.set_write_buffer_limits(high=MAX_UNSENT)
             self._handshake.tls_started()
-        except (OSError, ProtocolError) as error:
+        except (OSError, ProtocolError, asyncio.CancelledError) as error:
             log.info("%s: TLS: %s", self._peer, error)
             self._transport.abort()
+            self.connection_lost(None)  # a connection that is lost within TLS's own handshake is not reported to us
             return
         gated, self._gated = self._gated, 0
         if gated:
@@ -355,10 +358,13 @@ class Connection(asyncio.BufferedProtocol):
         """Ends when the client is gone, its requests are done and its device is given back."""
         await asyncio.shield(self._gone)
 
-    def kill(self) -> None:
-        """Cancels what is in flight and drops the connection."""
+    def cancel(self) -> None:
+        """Cancels what is in flight: it is answered with ESHUTDOWN, and the client is left."""
         for task in self._tasks:
             task.cancel()
+
+    def abort(self) -> None:
+        """Drops the connection, whatever has not been sent."""
         self._transport.abort()
 
 
