@@ -358,10 +358,13 @@ class Connection(asyncio.BufferedProtocol):
         """Ends when the client is gone, its requests are done and its device is given back."""
         await asyncio.shield(self._gone)
 
-    def kill(self) -> None:
-        """Cancels what is in flight and drops the connection."""
+    def cancel(self) -> None:
+        """Cancels what is in flight: it is answered with ESHUTDOWN, and the client is left."""
         for task in self._tasks:
             task.cancel()
+
+    def abort(self) -> None:
+        """Drops the connection, whatever has not been sent."""
         self._transport.abort()
 
 

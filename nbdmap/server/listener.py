@@ -106,7 +106,7 @@ class Listener:
         self._servers.append(server)
 
     async def close(self) -> None:
-        """Stops accepting, lets requests in flight finish for GRACE_SECONDS, then drops every client."""
+        """Stops accepting, lets requests in flight finish for GRACE_SECONDS, cancels them, then drops every client."""
         for server in self._servers:
             server.close()
         for listening, _ in self._waiting:
@@ -120,11 +120,12 @@ class Listener:
         for client in clients:
             client.shut_down()
         waiting = [asyncio.ensure_future(client.wait_closed()) for client in clients]
-        if waiting:
-            await asyncio.wait(waiting, timeout=GRACE_SECONDS)
-            for client in list(self.clients):
-                client.kill()
-            await asyncio.wait(waiting, timeout=GRACE_SECONDS / 4)
+        for step in (None, Connection.cancel, Connection.abort):
+            if step is not None:
+                for client in list(self.clients):
+                    step(client)
+            if waiting:
+                await asyncio.wait(waiting, timeout=GRACE_SECONDS if step is None else GRACE_SECONDS / 8)
         for task in waiting:
             task.cancel()
 
