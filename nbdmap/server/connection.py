@@ -175,8 +175,8 @@ class Connection(asyncio.BufferedProtocol):
             transport = await loop.start_tls(
                 self._transport, self, self._context, server_side=True, ssl_handshake_timeout=left, ssl_shutdown_timeout=1.0
             )
-            if transport is None:
-                raise ConnectionAbortedError("the client left")
+            if transport is None or self._transport.is_closing():
+                raise ConnectionAbortedError("closed before it was up")
             self._transport = transport
             self._transport.set_write_buffer_limits(high=MAX_UNSENT)
             self._handshake.tls_started()
