@@ -88,19 +88,18 @@ def test_ext4_on_an_export(server: Server, tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
     fill(tree)
-    with fuse_file(server.uri("disk"), tmp_path) as disk:
-        with loop_device(disk) as loop:
-            run("mkfs.ext4", "-q", "-E", "discard", loop)
-            with mounted(loop, tmp_path) as root:
-                run("cp", "-a", f"{tree}/.", root)
-                run("diff", "-r", "--no-dereference", "--exclude=lost+found", tree, root)
-                (root / "large").unlink()
-                (root / "again").rename(root / "large")
-                run("fstrim", root)
-            run("e2fsck", "-fn", loop)
-            (tree / "again").unlink()
-            with mounted(loop, tmp_path, "-o", "ro") as root:
-                run("diff", "-r", "--no-dereference", "--exclude=lost+found", tree, root)
+    with fuse_file(server.uri("disk"), tmp_path) as disk, loop_device(disk) as loop:
+        run("mkfs.ext4", "-q", "-E", "discard", loop)
+        with mounted(loop, tmp_path) as root:
+            run("cp", "-a", f"{tree}/.", root)
+            run("diff", "-r", "--no-dereference", "--exclude=lost+found", tree, root)
+            (root / "large").unlink()
+            (root / "again").rename(root / "large")
+            run("fstrim", root)
+        run("e2fsck", "-fn", loop)
+        (tree / "again").unlink()
+        with mounted(loop, tmp_path, "-o", "ro") as root:
+            run("diff", "-r", "--no-dereference", "--exclude=lost+found", tree, root)
     server.stop()
     server.start()
     copy = tmp_path / "copy.img"

@@ -101,9 +101,8 @@ class Bench:
 
 @pytest.fixture(params=["loop", "file"])
 def bench(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bench]:
-    with contextlib.ExitStack() as stack:
-        with serving() as server:
-            yield Bench(server, tmp_path, request.param, stack)
+    with contextlib.ExitStack() as stack, serving() as server:
+        yield Bench(server, tmp_path, request.param, stack)
 
 
 def test_identity(bench: Bench) -> None:
