@@ -63,6 +63,7 @@ class FileDisk(Device):
         self.name = name
         self.number = number
         self.read_only = read_only
+        self.direct = direct
         self.size = 0
         self.limits = Limits()
         self._fd = -1

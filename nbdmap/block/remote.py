@@ -129,7 +129,7 @@ class RemoteDisk(Device):
         return disk
 
     def __init__(self, uri: Uri, tls: ssl.SSLContext | None, reconnect: Reconnect, replay: bool) -> None:
-        self._uri = uri
+        self.uri = uri
         self._tls = tls
         self._policy = reconnect
         self._replay = replay
@@ -269,7 +269,7 @@ class RemoteDisk(Device):
 
     # --- the connection ------------------------------------------------------------------------------------------------
     def _open(self) -> Coroutine[None, None, Link]:
-        return open_link(self._uri, self._tls, self._on_answers, self._on_loss)
+        return open_link(self.uri, self._tls, self._on_answers, self._on_loss)
 
     def _on_answers(self, link: Link, finished: list[Request]) -> None:
         """Notes what the server now has, in the order of its answers, and wakes who waits."""
@@ -303,7 +303,7 @@ class RemoteDisk(Device):
             return
         self._link = None
         self._trouble = str(error)
-        _log.info("%s: the connection to %s is lost: %s", self.name, self._uri, error)
+        _log.info("%s: the connection to %s is lost: %s", self.name, self.uri, error)
         now = self._policy.clock()
         for waiting in self._waiting:
             waiting.restart()
@@ -321,7 +321,7 @@ class RemoteDisk(Device):
 
     async def _give_up_late(self) -> None:
         await self._policy.sleep(self._policy.deadline_s)
-        self._give_up(f"no connection to {self._uri} for {self._policy.deadline_s:g} s: {self._trouble}")
+        self._give_up(f"no connection to {self.uri} for {self._policy.deadline_s:g} s: {self._trouble}")
 
     def _give_up(self, reason: str) -> None:
         """Fails what waits, and from now on what comes."""
@@ -355,7 +355,7 @@ class RemoteDisk(Device):
                     await self._restore(link)
                     break
                 self._end_deadline()
-                self._give_up(f"{self._uri} is not the same any more: {changed}")
+                self._give_up(f"{self.uri} is not the same any more: {changed}")
                 link.hang_up()
             except (NbdmapError, OSError) as error:
                 self._trouble = str(error)
@@ -369,7 +369,7 @@ class RemoteDisk(Device):
 
     def _resume(self, link: Link) -> None:
         """Sends again, in order, what waited; gives up what has waited too long over several connections."""
-        _log.info("%s: connected to %s again", self.name, self._uri)
+        _log.info("%s: connected to %s again", self.name, self.uri)
         self._end_deadline()
         self._link = link
         self._refusal = ""

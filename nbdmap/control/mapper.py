@@ -5,6 +5,7 @@ the configuration (name or number), an NBD URI, a path of a file or block device
 shared by everyone who names it in the same mode, and closed after its last user.
 """
 
+import itertools
 import os
 import re
 import stat
@@ -14,6 +15,7 @@ from typing import Final
 
 from nbdmap.block.device import Device
 from nbdmap.block.file import FileDisk
+from nbdmap.block.memory import MemoryDisk
 from nbdmap.block.remote import RemoteDisk
 from nbdmap.control.events import Events
 from nbdmap.dm.device import MappedDevice
@@ -191,9 +193,12 @@ class Mapper:
             if _NUMBER.fullmatch(reference):
                 raise NoSuchDevice(f"no device has the number {reference}")
             device = await self._open_outside(reference, read_only, directory)
-        if device.read_only and not read_only:
-            raise AccessRefused(f"{reference} is read-only; load the table read-only")
+        if isinstance(device, MappedDevice) and not device.loaded:
+            raise NoSuchDevice(f"{reference} never had a table: there is no disk to stand on yet")
         device.openers += 1
+        if device.read_only and not read_only:
+            await self.release(device)
+            raise AccessRefused(f"{reference} is read-only; load the table read-only")
         return device
 
     def _disk(self, reference: str) -> Device | None:
@@ -213,7 +218,7 @@ class Mapper:
             )  # fmt: skip
         path = Path(directory, reference)
         try:
-            found = path.stat()
+            found = os.stat(path)
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 raise NotFound(f"{reference}: no mapped device, disk or file has this name") from None
@@ -267,12 +272,17 @@ class Mapper:
                 del self._opened[key]
                 await device.close()
 
-    def describe_disks(self) -> dict[str, dict[str, str]]:
-        """Every open disk by a name that a configuration can use, with what it is and its number."""
-        named = {name: (disk, name) for name, disk in self.disks.items()}
-        for index, disk in enumerate(self._opened.values()):
-            named[f"disk{index}"] = (disk, disk.name)
-        return {name: {"source": source, "number": disk.number} for name, (disk, source) in named.items()}
+    def describe_disks(self) -> dict[str, dict[str, object]]:
+        """Every open disk as the entry of a configuration. One that was opened by path or URI gets a name here; what is
+        open in both modes is one disk, the one that can be written."""
+        named: dict[str, Device] = dict(self.disks)
+        numbers = {disk.number for disk in named.values()}
+        free = (name for name in map("disk{}".format, itertools.count()) if name not in self.disks and name not in self.devices)
+        for disk in sorted(self._opened.values(), key=lambda disk: disk.read_only):
+            if disk.number not in numbers:
+                numbers.add(disk.number)
+                named[next(free)] = disk
+        return {name: _describe(disk) for name, disk in named.items()}
 
     # --- the whole -------------------------------------------------------------------------------------------------
 
@@ -316,6 +326,25 @@ class Mapper:
         for device in self.devices.values():
             visit(device)
         return order[::-1]
+
+
+def _describe(disk: Device) -> dict[str, object]:
+    """A disk's entry in a configuration."""
+    entry: dict[str, object] = {}
+    if isinstance(disk, FileDisk):
+        entry["file"] = disk.path
+        if disk.direct:
+            entry["direct"] = True
+    elif isinstance(disk, MemoryDisk):
+        entry["memory"] = disk.size
+        if disk.limit != disk.size:
+            entry["limit"] = disk.limit
+    elif isinstance(disk, RemoteDisk):
+        entry["nbd"] = str(disk.uri)
+    entry["number"] = disk.number
+    if disk.read_only:
+        entry["read_only"] = True
+    return entry
 
 
 class MapperOpener:

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
 from nbdmap import __version__
-from nbdmap.block.device import Device
 from nbdmap.block.io import Op
 from nbdmap.control.exports import Exports, ExportSettings
 from nbdmap.control.mapper import Mapper, check_name
@@ -252,6 +251,9 @@ class Verbs:
         devices: Data = {}
         for device in reversed(self._mapper.top_down()):
             entry: Data = {"uuid": device.uuid} if device.uuid else {}
+            entry["minor"] = int(device.number.split(":")[1])  # by which the tables above name it
+            if device.read_only:
+                entry["read_only"] = True
             if device.live is not None:
                 entry["table"] = "".join(f"{line_text(line)}\n" for line in device.live.table_lines())
             settings = self._exports.settings(device)

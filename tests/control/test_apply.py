@@ -1,6 +1,7 @@
 """A configuration brought into effect: all or nothing at first; disks and exports that come, change and go."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from nbdmap.block.device import Device
 from nbdmap.block.memory import MemoryDisk
 from nbdmap.control.exports import ExportSettings
+from nbdmap.control.verbs import Verbs
 from nbdmap.errors import Busy
 from nbdmap.units import MIB, SECTOR
 from tests.support.disks import read, write
@@ -250,3 +252,28 @@ async def test_a_start_that_is_interrupted_leaves_nothing(site: Site, monkeypatc
     with pytest.raises(asyncio.CancelledError):
         await work
     assert not site.mapper.disks
+
+
+async def test_what_is_dumped_makes_the_same_again(site: Site, tmp_path: Path) -> None:
+    (site.directory / "by path.img").write_bytes(bytes(MIB))
+    await site.start(
+        "disks:\n"
+        "  ram: {memory: 1M, limit: 64KiB}\n"
+        "  img: {file: x.img, size: 1M, create: true, number: 8:0}\n"
+        "devices:\n"
+        "  top: {table: 0 8 linear mid 0, read_only: true, export: {name: t, max_connections: 3}}\n"
+        "  mid:\n    uuid: u\n    export: false\n"
+        "    table: |\n      0 8 linear ram 0\n      8 8 linear img 0\n      16 8 linear by\\ path.img 0\n"
+        "  low: {table: 0 8 linear by\\ path.img 0, read_only: true}\n"
+        "  empty: {}\n"
+    )
+    first = await Verbs(site.mapper, site.exports).dump_config()
+    await site.mapper.close()
+    again = Site(tmp_path)
+    try:
+        await again.start(json.dumps(first))
+        second = await Verbs(again.mapper, again.exports).dump_config()
+        assert second["devices"] == first["devices"]
+        assert sorted(second["disks"].items()) == sorted(first["disks"].items())
+    finally:
+        await again.mapper.close()
