@@ -180,6 +180,8 @@ class MappedDevice(Device):
                     await old.close()
             elif self._gate is None:
                 return
+            elif self.live is None:
+                raise InvalidArgument(f"{self.name} has no table to resume")
             for target in self.live.targets if self.live else []:
                 await target.preresume()
             for target in self.live.targets if self.live else []:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from nbdmap.block.device import Device, Extent, Limits
 from nbdmap.block.io import DISCARD, FLUSH, WRITE_ZEROES, Io, Pending, run_all
 from nbdmap.dm.args import Args, parse_number, split_words
-from nbdmap.dm.target import Opener, Spec, Target, merge_limits
+from nbdmap.dm.target import Opened, Opener, Spec, Target, merge_limits
 from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, Unsupported
 from nbdmap.units import MAX_SIZE, SECTOR, round_up
 
@@ -86,9 +86,9 @@ def check_layout(lines: Sequence[TableLine]) -> None:
 class Table:
     """Targets that are built and checked. Made by `build`; ended by `close`, which gives the devices back."""
 
-    def __init__(self, targets: list[Target], opened: list[Device], opener: Opener, read_only: bool) -> None:
+    def __init__(self, targets: list[Target], opened: Opened) -> None:
         self.targets = targets
-        self.read_only = read_only
+        self.read_only = opened.read_only
         self.size = targets[-1].end
         self.limits: Limits = merge_limits([target.limits() for target in targets])
         self.in_flight = 0
@@ -97,7 +97,6 @@ class Table:
         self.flushed = _distinct(target for target in targets if target.flushed)
         """Those that a flush must reach."""
         self._opened = opened
-        self._opener = opener
         self._starts = [target.begin for target in targets]
 
     @classmethod
@@ -115,27 +114,25 @@ class Table:
         """
         check_layout(lines)
         targets: list[Target] = []
-        opened: list[Device] = []
+        opened = Opened(opener, read_only)
         try:
             for line in lines:
                 kind = types.get(line.type_name)
                 if kind is None:
                     raise InvalidArgument(f"line {line.number}: unknown target type {line.type_name!r}")
                 begin, length = line.start_sectors * SECTOR, line.length_sectors * SECTOR
-                spec = Spec(begin, length, read_only, opener, raise_event)
+                spec = Spec(begin, length, opened, raise_event)
                 try:
                     targets.append(await kind.construct(spec, Args(split_words(line.params))))
                 except NbdmapError as error:
                     error.message = f"line {line.number}: {line.type_name}: {error.message}"
                     error.args = (error.message,)
                     raise
-                finally:
-                    opened += spec.opened
-            table = cls(targets, opened, opener, read_only)
+            table = cls(targets, opened)
             table.check(lines)
             return table
         except BaseException:
-            await _release(targets, opened, opener)
+            await _release(targets, opened)
             raise
 
     def check(self, lines: Sequence[TableLine] | None = None) -> None:
@@ -240,15 +237,14 @@ class Table:
 
     async def close(self) -> None:
         """Ends the targets and gives the devices back."""
-        await _release(self.targets, self._opened, self._opener)
+        await _release(self.targets, self._opened)
 
 
 def _distinct(targets: Iterable[Target]) -> list[Device]:
     return list({id(below.device): below.device for target in targets for below in target.devices()}.values())
 
 
-async def _release(targets: list[Target], opened: list[Device], opener: Opener) -> None:
+async def _release(targets: list[Target], opened: Opened) -> None:
     for target in reversed(targets):
         await target.close()
-    for device in reversed(opened):
-        await opener.release(device)
+    await opened.release()

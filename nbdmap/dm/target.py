@@ -37,25 +37,39 @@ class Opener(Protocol):
         ...
 
 
+class Opened:
+    """The devices that one table has open: each once, however many of its targets stand on it."""
+
+    def __init__(self, opener: Opener, read_only: bool) -> None:
+        self.read_only = read_only
+        self._opener = opener
+        self._devices: list[Device] = []
+
+    async def open(self, reference: str) -> Device:
+        """Opens a device for the life of the table; read-only in a read-only table."""
+        device = await self._opener.open(reference, self.read_only)
+        if device in self._devices:
+            await self._opener.release(device)
+        else:
+            self._devices.append(device)
+        return device
+
+    async def release(self) -> None:
+        """Gives all devices back, the last opened first."""
+        while self._devices:
+            await self._opener.release(self._devices.pop())
+
+
 class Spec:
     """What a target's constructor is told: its range in bytes, the table's mode, how to open devices, and what to call
     to raise a table event."""
 
-    def __init__(
-        self, begin: int, length: int, read_only: bool, opener: Opener, raise_event: Callable[[], None]
-    ) -> None:
+    def __init__(self, begin: int, length: int, opened: "Opened", raise_event: Callable[[], None]) -> None:
         self.begin = begin
         self.length = length
-        self.read_only = read_only
+        self.read_only = opened.read_only
+        self.open = opened.open
         self.raise_event = raise_event
-        self.opened: list[Device] = []
-        self._opener = opener
-
-    async def open(self, reference: str) -> Device:
-        """Opens a device for the life of the table, which gives it back; read-only in a read-only table."""
-        device = await self._opener.open(reference, self.read_only)
-        self.opened.append(device)
-        return device
 
 
 class Target:

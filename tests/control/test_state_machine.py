@@ -50,6 +50,7 @@ class Box:
     name: str
     live: list[Segment] | None = None
     inactive: list[Segment] | None = None
+    loaded: bool = False
     suspended: bool = False
     events: int = 0
     uuid: str = ""
@@ -140,6 +141,8 @@ class MapperMachine(RuleBasedStateMachine):
                 found.append(Segment(length, "linear", self.model.get(name), start))
                 if name not in self.model:
                     failure = failure or errno.ENOENT
+                elif not self.model[name].loaded:
+                    failure = failure or errno.ENXIO
             else:
                 lines.append(f"{at} {length} {kind}")
                 found.append(Segment(length, kind))
@@ -164,11 +167,8 @@ class MapperMachine(RuleBasedStateMachine):
         return False
 
     def openers(self, box: Box) -> int:
-        return sum(
-            segment.below is box
-            for other in self.model.values()
-            for segment in (other.live or []) + (other.inactive or [])
-        )
+        tables = [table or [] for other in self.model.values() for table in (other.live, other.inactive)]
+        return sum(any(segment.below is box for segment in table) for table in tables)
 
     def holds(self, box: Box) -> bool:
         """Whether I/O to a device would wait."""
@@ -198,7 +198,7 @@ class MapperMachine(RuleBasedStateMachine):
             failure = errno.EINVAL
         self.run(self.verbs.create(name, text, uuid), failure)
         if not failure:
-            self.model[name] = Box(name, table, uuid=uuid)
+            self.model[name] = Box(name, table, uuid=uuid, loaded=table is not None)
 
     @rule(pick=picks, parts=segments)
     def load(self, pick: int, parts: Any) -> None:
@@ -212,6 +212,7 @@ class MapperMachine(RuleBasedStateMachine):
         self.run(self.verbs.load(name, text), failure)
         if box is not None and not failure:
             box.inactive = table
+            box.loaded = True
 
     @rule(pick=picks)
     def clear(self, pick: int) -> None:
@@ -246,6 +247,8 @@ class MapperMachine(RuleBasedStateMachine):
                 failure = errno.EINVAL
             elif not box.suspended and self.flush_fails(box):
                 failure = errno.EIO
+        elif box and box.suspended and box.live is None:
+            failure = errno.EINVAL
         self.run(self.verbs.resume(name), failure)
         if box and not failure:
             if box.inactive is not None:

@@ -71,8 +71,9 @@ async def test_without_a_table() -> None:
     assert await device.message(0, ["anything"]) == ""
     await device.suspend()
     assert device.suspended
-    await device.resume()
-    assert not device.suspended
+    with pytest.raises(InvalidArgument, match="d has no table to resume"):
+        await device.resume()
+    assert device.suspended
     await device.close()
 
 

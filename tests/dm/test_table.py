@@ -7,7 +7,7 @@ from nbdmap.block.io import CACHE, DISCARD, FLUSH, FUA, WRITE_ZEROES, Io
 from nbdmap.dm import table as table_module
 from nbdmap.dm.args import Args
 from nbdmap.dm.table import TableLine, TargetLine, parse_table
-from nbdmap.dm.target import Spec
+from nbdmap.dm.target import Opened, Spec
 from nbdmap.errors import InvalidArgument, IoFailed, NotFound, Unsupported
 from nbdmap.targets import TARGETS
 from nbdmap.targets.linear import Linear
@@ -177,7 +177,7 @@ async def test_lines_and_devices() -> None:
         TargetLine(24, 8, "zero", ""),
     ]
     assert [line.params for line in table.status_lines()] == ["", "2 7:0 7:1 1 AA", ""]
-    assert (first.openers, second.openers) == (1, 2)
+    assert (first.openers, second.openers) == (1, 1)
     await table.close()
     assert (first.openers, second.openers) == (0, 0)
 
@@ -206,7 +206,7 @@ async def test_read_only_tables_open_read_only() -> None:
             asked.append(read_only)
             return FakeDisk("7:0")
 
-    spec = Spec(0, 4096, True, Opener(), lambda: None)
+    spec = Spec(0, 4096, Opened(Opener(), True), lambda: None)
     await Linear.construct(spec, Args(["7:0", "0"]))
     assert asked == [True]
 

@@ -5,7 +5,7 @@ import pytest
 from nbdmap.block.device import Limits
 from nbdmap.block.io import READ, Io
 from nbdmap.dm.args import Args
-from nbdmap.dm.target import Spec, Target, merge_limits
+from nbdmap.dm.target import Opened, Spec, Target, merge_limits
 from nbdmap.errors import InvalidArgument
 from tests.support.disks import FakeDisk, FakeOpener
 
@@ -15,15 +15,21 @@ class Plain(Target):
     version = (1, 0, 0)
 
 
-async def test_spec_keeps_what_it_opened() -> None:
-    disk = FakeDisk("7:0")
-    spec = Spec(0, 512, False, FakeOpener(disk), lambda: None)
-    assert await spec.open("7:0") is disk
-    assert spec.opened == [disk]
+async def test_a_table_opens_each_device_once() -> None:
+    first, second = FakeDisk("7:0"), FakeDisk("7:1")
+    opened = Opened(FakeOpener(first, second), True)
+    specs = [Spec(0, 512, opened, lambda: None), Spec(512, 512, opened, lambda: None)]
+    assert specs[0].read_only
+    assert await specs[0].open("7:0") is first
+    assert await specs[1].open("7:1") is second
+    assert await specs[1].open("disk7:0") is first
+    assert (first.openers, second.openers) == (1, 1)
+    await opened.release()
+    assert (first.openers, second.openers) == (0, 0)
 
 
 async def test_the_defaults() -> None:
-    target = Plain(Spec(512, 1024, False, FakeOpener(), lambda: None))
+    target = Plain(Spec(512, 1024, Opened(FakeOpener(), False), lambda: None))
     assert (target.begin, target.length, target.end) == (512, 1024, 1536)
     assert target.limits() == merge_limits([])
     assert target.table() == target.status() == ""
@@ -34,7 +40,7 @@ async def test_the_defaults() -> None:
     with pytest.raises(NotImplementedError):
         await target.submit(Io(READ, 0), 0)
     with pytest.raises(NotImplementedError):
-        await Plain.construct(Spec(0, 512, False, FakeOpener(), lambda: None), Args([]))
+        await Plain.construct(Spec(0, 512, Opened(FakeOpener(), False), lambda: None), Args([]))
     for step in (target.presuspend(True), target.postsuspend(), target.preresume(), target.resume(), target.close()):
         await step
 
