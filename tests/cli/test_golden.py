@@ -34,7 +34,6 @@ READ_ONLY = "a writable table over something read-only is refused; in Linux only
 STRICT = "numbers are decimal and whole; Linux reads 07:00 and 7:0:0 as 7:0, and cuts 2^64 to 0"
 FILES = "paths are those of files, too, and unknown ones are ENOENT, as in Linux 6.12"
 WORDS = "a backslash in a table takes the next character as it is, also in front of an o"
-NO_NODE = "a device without a table can be stood on here; Linux has no disk for it yet"
 NUMBER_RANGE = "a number that is taken is EBUSY, one that cannot be is EINVAL; Linux says ENXIO to both"
 ONE_MAJOR = "mapped devices have major 254, whatever --major says; in Linux another one leaves a half-made device"
 RENAME_UUID = "rename finds a device by its uuid; Linux does not"
@@ -45,8 +44,6 @@ BLKDEVNAME = "a device that has had no table has an empty block device name; dms
 MANGLE = "mangle finds the device that is named; dmsetup does not, when its name is mangled"
 ITSELF = "a table that would make a device stand on itself is refused; Linux loads it"
 DEVICE_FIRST = "a device that is not there is told before a uuid that is taken"
-OPENERS = "MAPPER: a device counts one opener for each target on it; Linux one for each table"
-EMPTY_RESUME = "MAPPER: a suspended device without any table is resumed; Linux refuses (EINVAL)"
 EMPTY_MESSAGE = "MAPPER: a message to a device without a table is dropped; Linux 6.1 refuses (EINVAL)"
 
 _LINEAR = "dmsetup create d --table '0 8 linear 7:0 0'"
@@ -86,7 +83,6 @@ DIFFERENT = (
     Difference("linear", "dmsetup create d --table '0 8 linear /dev/loop-control 0'", FILES, instead=()),
     Difference("linear", "dmsetup create d --table '0 8 linear /dev/lo\\op0 0'", WORDS, instead=()),
     Difference("striped", "dmsetup create d --table '0 64 striped 2 16 7:0 0 /dev/no 0'", FILES),
-    Difference("load-resume", "dmsetup resume d", EMPTY_RESUME, (2,), instead=()),
     Difference("load-resume", "dmsetup info d", READ_AHEAD, (16, 17)),
     Difference("load-resume", "dmsetup load d --table '0 8 linear 254:0 0'", ITSELF),
     Difference("load-resume", "dmsetup table --inactive d", ITSELF, (5,)),
@@ -120,11 +116,6 @@ DIFFERENT = (
     Difference("rename", "dmsetup rename bb --setuuid uc", DEVICE_FIRST),
     Difference("rename", "dmsetup rename s control", OWN_NAMES),
     Difference("rename", "dmsetup ls", OWN_NAMES, (1,)),
-    Difference("stack", "dmsetup info -c -o name,open", OPENERS, (1, 2, 3, 4, 5, 6, 7)),
-    Difference("stack", "dmsetup info -c -o name,attr,open", OPENERS, (1, 2)),
-    Difference("stack", "dmsetup info -c", OPENERS, (1,)),
-    Difference("stack", "dmsetup create onnone --table '0 8 linear /dev/mapper/none 0'", NO_NODE, instead=()),
-    Difference("stack", "dmsetup create onnone --table '0 8 linear 254:5 0'", NO_NODE, instead=()),
     Difference("stack", "dmsetup load base --table '0 8 linear /dev/mapper/base 0'", ITSELF),
     Difference("stack", "dmsetup load base --table '0 8 linear /dev/mapper/mid 0'", ITSELF),
     Difference("stack", "dmsetup table --inactive base", ITSELF),
