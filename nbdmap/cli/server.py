@@ -244,14 +244,16 @@ class Program:
             return
         config = await asyncio.to_thread(read, self._options)
         context = _context(config.tls)
-        for key in ("listen", "admin"):
-            if getattr(config, key) != getattr(self._config, key):
+        before = self._config
+        required = [one.tls.require if one.tls else None for one in (config, before)]
+        for key, changed in {
+            "listen": config.listen != before.listen and not (self._options.listen or self._descriptors),
+            "admin": config.admin != before.admin and not self._options.admin,
+            "tls": required[0] != required[1],
+        }.items():
+            if changed:
                 log.warning("%s has changed; that takes a restart", key)
-        if (config.tls is None) != (self._config.tls is None) or (
-            config.tls and self._config.tls and config.tls.require != self._config.tls.require
-        ):
-            log.warning("tls has changed; that takes a restart")
-        elif context is not None:
+        if context is not None and before.tls is not None:
             self._listener.renew(context)
         problems = await self._applied.reload(config)
         self._config = config

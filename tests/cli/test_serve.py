@@ -20,8 +20,9 @@ import pytest
 from nbdmap.cli import server
 from nbdmap.cli.serve import Options
 from nbdmap.nbd.uri import Uri
+from tests.support.certificates import make_certificates
+from tests.support.clients import attempt, nbdsh, run
 from tests.support.clients import environment as environment_of_clients
-from tests.support.clients import nbdsh, run
 from tests.support.process import SECONDS, Process, listening, process, serve
 from tests.support.programs import need
 from tests.support.server import PROGRAM, REPOSITORY, private_directory, serving
@@ -260,12 +261,33 @@ def test_a_reload_under_a_client(directory: Path) -> None:
         file.write_text("devices: {a: {tabel: x}}")
         made.popen.send_signal(signal.SIGHUP)
         made.expect(r"c.yaml:1:15: devices.a.tabel: unknown key \(did you mean 'table'\?\)\n(.*\n)*.*nothing was reloaded")
-        file.write_text(f"listen: nbd://h\n{DISKS}devices: {{a: {{table: 0 8 linear gone 0}}, new: {{table: 0 8 zero}}}}")
+        file.write_text(f"admin: elsewhere\n{DISKS}devices: {{a: {{table: 0 8 linear gone 0}}, new: {{table: 0 8 zero}}}}")
         made.popen.send_signal(signal.SIGHUP)
         made.expect("reloaded c.yaml: 1 problems")
-        assert "warning: listen has changed; that takes a restart\n" in made.log
+        assert "warning: admin has changed; that takes a restart\n" in made.log
         assert "error: c.yaml:3:22: devices.a.table: line 1: linear: gone: no mapped device" in made.log
         assert run("nbdinfo", "--list", listening(directory)).count("export=") == 2
+        made.popen.terminate()
+        assert made.end() == 0
+
+
+def test_a_reload_renews_certificates(directory: Path) -> None:
+    make_certificates(directory / "tls")
+    config = "listen: nbds://localhost:0\ntls: {certificates: tls}\ndevices: {a: {table: 0 8 zero}}"
+    (directory / "c.yaml").write_text(config)
+    with process(directory, "c.yaml") as made:
+        uri = f"{made.expect('listening on (nbds://.*)')[1]}/a?tls-certificates={directory}/"
+        assert run("nbdinfo", "--size", uri + "tls") == "4096\n"
+        make_certificates(directory / "new")
+        assert attempt("nbdinfo", "--size", uri + "new").returncode == 1
+        (directory / "tls").rename(directory / "old")
+        made.popen.send_signal(signal.SIGHUP)
+        made.expect("tls/server-cert.pem is missing\n.*nothing was reloaded")
+        (directory / "new").rename(directory / "tls")
+        made.popen.send_signal(signal.SIGHUP)
+        made.expect("reloaded c.yaml: all done")
+        assert run("nbdinfo", "--size", uri + "tls") == "4096\n"
+        assert attempt("nbdinfo", "--size", uri + "old").returncode == 1
         made.popen.terminate()
         assert made.end() == 0
 
