@@ -9,6 +9,7 @@ SIGTERM, and must end with 0 within STOP_SECONDS and without a traceback.
 """
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -20,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from urllib.parse import quote
 
 START_SECONDS: Final = 20.0
@@ -118,6 +119,30 @@ class Server:
             [*PROGRAM, *arguments], env=self.environment, cwd=self.directory, input=stdin,
             capture_output=True, text=True, timeout=timeout, check=False,
         )  # fmt: skip
+
+
+class Admin:
+    """A connection to a server's admin socket: the same verbs, hundreds of times faster than by the command line."""
+
+    def __init__(self, server: Server) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(30)
+        self._socket.connect(str(server.admin))
+        self._lines = self._socket.makefile("rb")
+
+    def __enter__(self) -> "Admin":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._socket.close()
+
+    def call(self, method: str, **params: object) -> Any:
+        """The result of a verb, which must succeed."""
+        self._socket.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params}).encode() + b"\n")
+        answer = json.loads(self._lines.readline())
+        assert "result" in answer, answer
+        return answer["result"]
 
 
 @contextlib.contextmanager
