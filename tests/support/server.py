@@ -99,11 +99,13 @@ class Server:
         """The URI of an export on the Unix socket."""
         return f"nbd+unix:///{quote(export, safe='')}?socket={self.socket}"
 
+    def addresses(self) -> list[str]:
+        """HOST:PORT of each TCP address that it listens on, in the order of the configuration."""
+        return re.findall(r"listening on nbds?://(\S+:\d+)", self.log())
+
     def tcp(self, export: str = "", scheme: str = "nbd") -> str:
-        """The URI of an export on the first TCP port that it listens on."""
-        found = re.search(r"nbds?://(\S+?:\d+)", self.log())
-        assert found, self.log()
-        return f"{scheme}://{found[1]}/{quote(export, safe='')}"
+        """The URI of an export at the first of these addresses."""
+        return f"{scheme}://{self.addresses()[0]}/{quote(export, safe='')}"
 
     # --- verbs -------------------------------------------------------------------------------------------------------
 
