@@ -8,7 +8,7 @@ simple, structured, extended. After proto.md, "Transmission phase".
 
 import errno
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Final
 
@@ -45,6 +45,8 @@ _OFFSET: Final = Struct(">Q")
 _HOLE: Final = Struct(">QI")
 _ERROR: Final = Struct(">IH")
 
+Buffer = bytes | memoryview
+
 _WIRE: Final = {
     errno.EPERM: Error.EPERM,
     errno.EACCES: Error.EPERM,
@@ -71,7 +73,10 @@ class Request:
     """One request. `payload` is there for WRITE and whatever else carries one; None otherwise, and where it was dropped
     because it exceeds MAX_PAYLOAD (`oversize`). `borrowed`: the payload lies in the reader's shared buffer."""
 
-    __slots__ = ("borrowed", "command", "cookie", "flags", "length", "offset", "oversize", "payload")
+    __slots__ = ("command", "cookie", "flags", "length", "offset")
+    payload: memoryview | None = None
+    borrowed: bool = False
+    oversize: bool = False
 
     def __init__(self, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
         self.flags = flags
@@ -79,22 +84,58 @@ class Request:
         self.cookie = cookie
         self.offset = offset
         self.length = length
-        self.payload: memoryview | None = None
+
+
+class PayloadRequest(Request):
+    """A request with a payload."""
+
+    __slots__ = ("borrowed", "oversize", "payload")
+
+    def __init__(self, flags: int, command: int, cookie: int, offset: int, length: int) -> None:
+        super().__init__(flags, command, cookie, offset, length)
+        self.payload = None
         self.borrowed = False
         self.oversize = False
 
 
-class RequestReader:
-    """Bytes in, requests out. Raises ProtocolError where the stream cannot be followed any further."""
+Allocate = Callable[[int], memoryview]
+"""Gives a buffer of that many bytes, of any content, for a large payload. It must not cost memory before it is written to."""
 
-    def __init__(self, extended: bool) -> None:
-        self._header = EXTENDED_REQUEST if extended else REQUEST
+
+def allocate(length: int) -> memoryview:
+    """The plain way: small ones from the heap, large ones as anonymous pages, which are made when first touched."""
+    return memoryview(mmap.mmap(-1, length)) if length > LARGE else memoryview(bytearray(length))
+
+
+class ReceiveBuffer:
+    """Where requests are received: one for all connections of a loop, as what comes in is parsed before the next receives."""
+
+    def __init__(self) -> None:
+        self.view = memoryview(bytearray(BUFFER_SIZE))
+
+    def renew(self) -> None:
+        """Leaves the memory to requests that still use it."""
+        self.view = memoryview(bytearray(BUFFER_SIZE))
+
+
+class RequestReader:
+    """Bytes in, requests out. Raises ProtocolError where the stream cannot be followed any further.
+
+    After every `advance`, take what `next` gives and call `settle` before another reader uses the same ReceiveBuffer.
+    """
+
+    def __init__(self, extended: bool, shared: ReceiveBuffer | None = None, allocate: Allocate = allocate) -> None:
+        header = EXTENDED_REQUEST if extended else REQUEST
+        self._header_size = header.size
+        self._unpack = header.unpack_from
         self._magic = EXTENDED_REQUEST_MAGIC if extended else REQUEST_MAGIC
         self._extended = extended
-        self._view = memoryview(bytearray(BUFFER_SIZE))
+        self._shared = shared or ReceiveBuffer()
+        self._allocate = allocate
+        self._view = self._target = self._shared.view  # what is parsed, and where get_buffer has put the start of it
         self._start = 0  # the first byte that is not parsed yet
         self._end = 0  # behind the last byte that came
-        self._waiting: Request | None = None  # whose payload is being received
+        self._waiting: PayloadRequest | None = None  # whose payload is being received
         self._filled = 0  # of its payload
         self._skip = 0  # bytes of its payload that are still to be dropped
         self._expect_large = False
@@ -103,20 +144,26 @@ class RequestReader:
         """Where to receive the next bytes; never empty."""
         if self._waiting is not None and self._waiting.payload is not None:
             return self._waiting.payload[self._filled :]
-        if self._start == self._end:
-            self._start = self._end = 0
-            if self._expect_large and self._waiting is None:
-                return self._view[: self._header.size]
-        elif self._end == len(self._view):
-            self._move(max(BUFFER_SIZE, 2 * (self._end - self._start)))
-        return self._view[self._end :]
+        self.settle()
+        unread = self._end - self._start
+        self._target = target = self._shared.view
+        if unread:
+            if unread >= len(target):
+                self._target = target = memoryview(bytearray(2 * unread))
+            target[:unread] = self._view[self._start : self._end]
+            return target[unread:]
+        if self._expect_large and self._waiting is None:
+            return target[: self._header_size]
+        return target
 
     def advance(self, count: int) -> None:
         """`count` bytes have been put at the start of the last `get_buffer`."""
         if self._waiting is not None and self._waiting.payload is not None:
             self._filled += count
         else:
-            self._end += count
+            self._end += count - self._start
+            self._start = 0
+            self._view = self._target
 
     def feed(self, data: bytes) -> None:
         """Takes bytes that were received elsewhere."""
@@ -128,40 +175,43 @@ class RequestReader:
             self.advance(count)
             rest = rest[count:]
 
-    def renew(self) -> None:
-        """Leaves the shared buffer to the requests that borrowed from it, and goes on with a new one."""
-        self._move(max(BUFFER_SIZE, self._end - self._start))
+    def settle(self) -> None:
+        """Takes what is not parsed yet out of the shared buffer."""
+        if self._start < self._end and self._view is self._shared.view:
+            self._view = memoryview(bytes(self._view[self._start : self._end]))
+            self._end -= self._start
+            self._start = 0
 
-    def _move(self, size: int) -> None:
-        view = memoryview(bytearray(size))
-        unread = self._end - self._start
-        view[:unread] = self._view[self._start : self._end]
-        self._view, self._start, self._end = view, 0, unread
+    def renew(self) -> None:
+        """Leaves the shared buffer to the requests that borrowed from it."""
+        self.settle()
+        self._shared.renew()
 
     def next(self) -> Request | None:
         """The next request that has come whole, or None."""
         if self._waiting is not None:
             return self._next_payload(self._waiting)
         start = self._start
-        if self._end - start < self._header.size:
+        after = start + self._header_size
+        if after > self._end:
             return None
-        magic, flags, command, cookie, offset, length = self._header.unpack_from(self._view, start)
+        magic, flags, command, cookie, offset, length = self._unpack(self._view, start)
         if magic != self._magic:
             raise ProtocolError(f"a request starts with {magic:#010x}, {self._magic:#010x} was expected")
-        request = Request(flags, command, cookie, offset, length)
-        self._start = start = start + self._header.size
+        self._start = after
         if command != _WRITE and not (self._extended and flags & CMD_FLAG_PAYLOAD_LEN):
             self._expect_large = False
-            return request
+            return Request(flags, command, cookie, offset, length)
+        request = PayloadRequest(flags, command, cookie, offset, length)
         self._expect_large = length >= LARGE
-        if self._end - start >= length <= MAX_PAYLOAD:
-            request.payload = self._view[start : start + length]
-            request.borrowed = True
-            self._start = start + length
+        if self._end - after >= length <= MAX_PAYLOAD:
+            request.payload = self._view[after : after + length]
+            request.borrowed = self._view is self._shared.view
+            self._start = after + length
             return request
         return self._next_payload(self._announce(request))
 
-    def _announce(self, request: Request) -> Request:
+    def _announce(self, request: PayloadRequest) -> PayloadRequest:
         """Makes room for a payload that has not come whole, or prepares to drop it."""
         length = request.length
         self._waiting = request
@@ -171,15 +221,14 @@ class RequestReader:
             request.oversize = True
             self._skip = length
             return request
-        # a large buffer must not cost memory before its bytes arrive: anonymous pages are made on first touch
-        payload = memoryview(mmap.mmap(-1, length)) if length > LARGE else memoryview(bytearray(length))
+        payload = self._allocate(length)
         self._filled = self._end - self._start
         payload[: self._filled] = self._view[self._start : self._end]
         self._start = self._end = 0
         request.payload = payload
         return request
 
-    def _next_payload(self, request: Request) -> Request | None:
+    def _next_payload(self, request: PayloadRequest) -> Request | None:
         if request.payload is None:
             dropped = min(self._skip, self._end - self._start)
             self._start += dropped
@@ -192,34 +241,38 @@ class RequestReader:
         return request
 
 
+_READ_SIMPLE: Final = SIMPLE_REPLY
+_READ_STRUCTURED: Final = Struct(">IHHQIQ")  # the header of a chunk, and the offset that data begins with
+_READ_EXTENDED: Final = Struct(">IHHQQQQ")
+_OFFSET_DATA: Final = int(Chunk.OFFSET_DATA)
+
+
 class Replies:
     """Encodes the replies of one connection."""
 
-    def __init__(self, structured: bool, extended: bool) -> None:
+    def __init__(self, structured: bool, extended: bool, allocate: Allocate = allocate) -> None:
         self.structured = structured or extended
         self._extended = extended
-        if extended:
-            self._data_at = EXTENDED_REPLY.size + _OFFSET.size
-        else:
-            self._data_at = STRUCTURED_REPLY.size + _OFFSET.size if structured else SIMPLE_REPLY.size
+        self._allocate = allocate
+        self._data_at = (_READ_EXTENDED if extended else _READ_STRUCTURED if structured else _READ_SIMPLE).size
 
-    def read(self, request: Request) -> tuple[bytearray, memoryview]:
+    def read(self, request: Request) -> tuple[Buffer, memoryview]:
         """A successful reply to READ, and the part of it that the data goes to."""
         length = request.length
-        reply = bytearray(self._data_at + length)
+        at = self._data_at
+        view = memoryview(bytearray(at + length)) if length < LARGE else self._allocate(at + length)
         if self._extended:
-            EXTENDED_REPLY.pack_into(
-                reply, 0, EXTENDED_REPLY_MAGIC, REPLY_FLAG_DONE, Chunk.OFFSET_DATA, request.cookie, request.offset, length + 8
-            )
-            _OFFSET.pack_into(reply, EXTENDED_REPLY.size, request.offset)
+            _READ_EXTENDED.pack_into(
+                view, 0, EXTENDED_REPLY_MAGIC, REPLY_FLAG_DONE, _OFFSET_DATA, request.cookie, request.offset, length + 8,
+                request.offset,
+            )  # fmt: skip
         elif self.structured:
-            STRUCTURED_REPLY.pack_into(
-                reply, 0, STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, Chunk.OFFSET_DATA, request.cookie, length + 8
+            _READ_STRUCTURED.pack_into(
+                view, 0, STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, _OFFSET_DATA, request.cookie, length + 8, request.offset
             )
-            _OFFSET.pack_into(reply, STRUCTURED_REPLY.size, request.offset)
         else:
-            SIMPLE_REPLY.pack_into(reply, 0, SIMPLE_REPLY_MAGIC, 0, request.cookie)
-        return reply, memoryview(reply)[self._data_at :]
+            _READ_SIMPLE.pack_into(view, 0, SIMPLE_REPLY_MAGIC, 0, request.cookie)
+        return view, view[at:]
 
     def _chunk(self, request: Request, kind: Chunk, length: int, *, done: bool) -> bytes:
         """The header of a chunk with `length` bytes of payload."""
@@ -228,12 +281,12 @@ class Replies:
             return EXTENDED_REPLY.pack(EXTENDED_REPLY_MAGIC, flags, kind, request.cookie, request.offset, length)
         return STRUCTURED_REPLY.pack(STRUCTURED_REPLY_MAGIC, flags, kind, request.cookie, length)
 
-    def data(self, request: Request, offset: int, length: int, *, done: bool) -> tuple[bytearray, memoryview]:
+    def data(self, request: Request, offset: int, length: int, *, done: bool) -> tuple[Buffer, memoryview]:
         """A chunk with part of the data of a READ, and where in it the data goes."""
         head = self._chunk(request, Chunk.OFFSET_DATA, _OFFSET.size + length, done=done) + _OFFSET.pack(offset)
-        reply = bytearray(len(head) + length)
-        reply[: len(head)] = head
-        return reply, memoryview(reply)[len(head) :]
+        view = self._allocate(len(head) + length)
+        view[: len(head)] = head
+        return view, view[len(head) :]
 
     def hole(self, request: Request, offset: int, length: int, *, done: bool) -> bytes:
         """A chunk that says that part of a READ is zeroes."""

@@ -12,12 +12,13 @@ import ssl
 from functools import partial
 from typing import Final, Protocol, cast
 
+from nbdmap.block.buffers import Buffers
 from nbdmap.block.device import Device
 from nbdmap.block.io import Continued, Pending
 from nbdmap.errors import NbdmapError, ProtocolError
 from nbdmap.nbd.constants import CMD_FLAG_FAST_ZERO, Cmd, Error
 from nbdmap.nbd.handshake import Exports, ServerHandshake, State, TlsMode
-from nbdmap.nbd.transmission import Request, RequestReader, wire_error
+from nbdmap.nbd.transmission import ReceiveBuffer, Request, RequestReader, wire_error
 from nbdmap.server.door import Door
 from nbdmap.server.serving import Reply, Serving
 from nbdmap.units import KIB, MIB
@@ -31,8 +32,9 @@ BATCH_BYTES: Final = MIB
 HANDSHAKE_SECONDS: Final = 10.0
 HANDSHAKE_BUFFER: Final = 4 * KIB
 
+_READ: Final = int(Cmd.READ)
+_WRITE: Final = int(Cmd.WRITE)
 _DISC: Final = int(Cmd.DISC)
-_FLUSH: Final = int(Cmd.FLUSH)
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +51,23 @@ class DeviceExports(Exports, Protocol):
         ...
 
 
+class Shared:
+    """What all clients of one server share: the set of them, and memory, which an idle client needs none of."""
+
+    def __init__(self) -> None:
+        self.clients: set[Connection] = set()
+        self.buffers = Buffers()
+        self.receive = ReceiveBuffer()
+
+
 class Connection(asyncio.BufferedProtocol):
     """The protocol object of one client. `server` is told when it comes and goes."""
 
-    def __init__(self, exports: DeviceExports, tls: TlsMode, context: ssl.SSLContext | None, clients: "set[Connection]") -> None:
+    def __init__(self, exports: DeviceExports, tls: TlsMode, context: ssl.SSLContext | None, shared: Shared) -> None:
         self._exports = exports
         self._context = context
-        self._clients = clients
+        self._shared = shared
+        self._clients = shared.clients
         self._handshake = ServerHandshake(exports, tls)
         self._handshake_buffer = memoryview(bytearray(HANDSHAKE_BUFFER))
         self._tls_running = False
@@ -73,6 +85,7 @@ class Connection(asyncio.BufferedProtocol):
         self._bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._gone: asyncio.Future[None]
+        self._stopped = False  # nothing more is taken for now, for one of the reasons below
         self._choked = False  # the transport holds more than MAX_UNSENT
         self._reading = True
         self._more_due = False
@@ -124,6 +137,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost:
             return
         self._lost = self._ending = True
+        self._update_stopped()
         self._deadline.cancel()
         self._clients.discard(self)
         if exc is not None:
@@ -133,10 +147,12 @@ class Connection(asyncio.BufferedProtocol):
     def pause_writing(self) -> None:
         """The client does not read its replies: take no more requests."""
         self._choked = True
+        self._update_stopped()
 
     def resume_writing(self) -> None:
         """The client reads again."""
         self._choked = False
+        self._update_stopped()
         self._continue_soon()
 
     # --- handshake -----------------------------------------------------------------------------------------------------
@@ -201,8 +217,8 @@ class Connection(asyncio.BufferedProtocol):
             return
         log.info("%s: connected to %r", self._peer, session.export.name)
         self._door = Door(session)
-        self._serving = Serving(self._device, session)
-        self._reader = RequestReader(session.extended)
+        self._serving = Serving(self._device, session, self._shared.buffers.take)
+        self._reader = RequestReader(session.extended, self._shared.receive, self._shared.buffers.take)
         self._reader.feed(self._handshake.leftover)
         self._handshake_buffer = memoryview(b"")
         self._serve()
@@ -210,20 +226,38 @@ class Connection(asyncio.BufferedProtocol):
     # --- requests ------------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        """Starts the requests that have arrived, as far as the limits allow."""
+        """Starts the requests that have arrived, as far as the limits allow, each eagerly."""
         reader = self._reader
         assert reader is not None
+        next_request, check, serve = reader.next, self._door.check, self._serving.serve
         borrowed = False
         try:
             for _ in range(MAX_BATCH):
-                if self._ending or self._choked or self._requests >= MAX_REQUESTS or self._bytes >= MAX_BYTES:
+                if self._stopped:
                     break
-                request = reader.next()
+                request = next_request()
                 if request is None:
                     if self._eof:
                         self._end()
                     break
-                borrowed |= self._start(request) and request.borrowed
+                if request.command == _DISC:
+                    self._end()
+                    break
+                refusal = check(request)
+                if refusal is not None:
+                    self._out.append(self._serving.replies.error(request, refusal.error, refusal.text))
+                    continue
+                reply: Reply = []
+                pending = serve(request, reply)
+                try:
+                    yielded = pending.send(None)
+                except StopIteration:
+                    self._put(request, reply)
+                except Exception as error:
+                    self._out.append(self._failure(request, error))
+                else:
+                    self._park(pending, yielded, request, reply)
+                    borrowed |= request.borrowed
             else:
                 self._continue_soon()
         except ProtocolError as error:
@@ -231,32 +265,34 @@ class Connection(asyncio.BufferedProtocol):
             self._end()
         if borrowed:
             reader.renew()
+        else:
+            reader.settle()
         self._flush_out()
         self._throttle()
 
-    def _start(self, request: Request) -> bool:
-        """Runs one request eagerly. True if it is still running."""
-        if request.command == _DISC:
-            self._end()
-            return False
-        refusal = self._door.check(request)
-        if refusal is not None:
-            self._put(self._serving.replies.error(request, refusal.error, refusal.text))
-            return False
-        reply: Reply = []
-        pending = self._serving.serve(request, reply)
-        try:
-            yielded = pending.send(None)
-        except StopIteration:
-            self._put(*reply)
-            return False
-        except Exception as error:
-            self._put(self._failure(request, error))
-            return False
-        self._requests += 1
-        self._bytes += request.length if request.command <= 1 else 0
+    def _put(self, request: Request, reply: Reply) -> None:
+        """Keeps a reply until the end of this wake-up, or hands all of them over when they are many bytes."""
+        self._out += reply
+        if request.command == _READ:
+            self._out_bytes += request.length
+            if self._out_bytes >= BATCH_BYTES:
+                self._flush_out()
+
+    def _park(self, pending: Pending, yielded: object, request: Request, reply: Reply) -> None:
+        """Leaves a request that waits to a task of its own."""
+        self._count(request, 1)
         self._start_task(Continued(pending, yielded)).add_done_callback(partial(self._finish, request, reply))
-        return True
+
+    def _count(self, request: Request, change: int) -> None:
+        """Counts a request in flight, or out again."""
+        self._requests += change
+        if request.command == _READ or request.command == _WRITE:
+            self._bytes += change * request.length
+        self._update_stopped()
+
+    def _update_stopped(self) -> None:
+        full = self._requests >= MAX_REQUESTS or self._bytes >= MAX_BYTES
+        self._stopped = full or self._choked or self._ending or self._lost
 
     def _finish(self, request: Request, reply: Reply, task: asyncio.Task[None]) -> None:
         """A request that had to wait has ended."""
@@ -264,9 +300,8 @@ class Connection(asyncio.BufferedProtocol):
             reply = [self._serving.replies.error(request, Error.ESHUTDOWN, "the server is shutting down")]
         elif isinstance(error := task.exception(), Exception):
             reply = [self._failure(request, error)]
-        self._requests -= 1
-        self._bytes -= request.length if request.command <= 1 else 0
-        self._put(*reply)
+        self._count(request, -1)
+        self._put(request, reply)
         self._continue_soon()
 
     def _failure(self, request: Request, error: Exception) -> bytes:
@@ -275,13 +310,6 @@ class Connection(asyncio.BufferedProtocol):
             return self._serving.replies.error(request, Error.EIO, f"internal error: {type(error).__name__}")
         flags = request.flags & CMD_FLAG_FAST_ZERO if request.command == Cmd.WRITE_ZEROES else 0
         return self._serving.replies.error(request, wire_error(error.errno, flags), error.message)
-
-    def _put(self, *buffers: bytes | bytearray) -> None:
-        self._out += buffers
-        for buffer in buffers:
-            self._out_bytes += len(buffer)
-        if self._out_bytes >= BATCH_BYTES:
-            self._flush_out()
 
     def _flush_out(self) -> None:
         if self._out and not self._lost:
@@ -305,7 +333,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _throttle(self) -> None:
         """Receives only while what arrives could be started."""
-        want = not (self._choked or self._ending or self._requests >= MAX_REQUESTS or self._bytes >= MAX_BYTES)
+        want = not self._stopped
         if want is not self._reading and not self._lost:
             self._reading = want
             if want:
@@ -332,6 +360,7 @@ class Connection(asyncio.BufferedProtocol):
     def _end(self) -> None:
         """Takes no more requests, and closes when those in flight are answered."""
         self._ending = True
+        self._update_stopped()
         self._continue_soon()
 
     def _close_when_idle(self) -> None:

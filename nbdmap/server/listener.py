@@ -18,7 +18,7 @@ from typing import Final
 from nbdmap.errors import InvalidArgument, IoFailed, from_os_error
 from nbdmap.nbd.handshake import TlsMode
 from nbdmap.nbd.uri import Uri
-from nbdmap.server.connection import Connection, DeviceExports
+from nbdmap.server.connection import Connection, DeviceExports, Shared
 
 BACKLOG: Final = 1024
 GRACE_SECONDS: Final = 1.2
@@ -37,7 +37,8 @@ class Listener:
         self._servers: list[asyncio.Server] = []
         self._paths: list[str] = []
         self._waiting: list[tuple[socket.socket, TlsMode]] = []
-        self.clients: set[Connection] = set()
+        self._shared = Shared()
+        self.clients = self._shared.clients
         self.uris: list[Uri] = []
         """Where it listens, with the port that was really taken."""
 
@@ -97,7 +98,7 @@ class Listener:
         loop = asyncio.get_running_loop()
 
         def connection() -> Connection:
-            return Connection(self._exports, mode, self._context, self.clients)
+            return Connection(self._exports, mode, self._context, self._shared)
 
         if listening.family == socket.AF_UNIX:
             server = await loop.create_unix_server(connection, sock=listening, backlog=BACKLOG)

@@ -6,13 +6,13 @@ Each `serve` is a coroutine that ends with the buffers of the reply in `reply`, 
 from typing import Final
 
 from nbdmap.block.device import HOLE, ZERO, Device, Extent
-from nbdmap.block.io import CACHE, DISCARD, FAST_ZERO, FLUSH, FUA, NO_HOLE, WRITE_ZEROES, Io, Pending, run_all
+from nbdmap.block.io import CACHE, DISCARD, FAST_ZERO, FLUSH, FUA, NO_HOLE, WRITE_ZEROES, Io, Op, Pending, run_all
 from nbdmap.block.io import READ as IO_READ
 from nbdmap.block.io import WRITE as IO_WRITE
 from nbdmap.errors import InvalidArgument
 from nbdmap.nbd.constants import CMD_FLAG_DF, CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, Cmd
 from nbdmap.nbd.handshake import Session
-from nbdmap.nbd.transmission import Replies, Request
+from nbdmap.nbd.transmission import Allocate, Buffer, Replies, Request
 
 SPARSE_READ: Final = 64 << 10
 """Reads of this size and more look for holes first, where the device may have them."""
@@ -20,17 +20,22 @@ MAX_LENGTH: Final = (1 << 32) - 1
 """The largest extent that a 32-bit BLOCK_STATUS chunk can say."""
 
 _IO_FLAGS: Final = FUA | NO_HOLE | FAST_ZERO
-_PLAIN: Final = {Cmd.TRIM: DISCARD, Cmd.WRITE_ZEROES: WRITE_ZEROES, Cmd.CACHE: CACHE}
+_READ: Final = int(Cmd.READ)
+_WRITE: Final = int(Cmd.WRITE)
+_FLUSH: Final = int(Cmd.FLUSH)
+_BLOCK_STATUS: Final = int(Cmd.BLOCK_STATUS)
+_PLAIN: Final[dict[int, Op]] = {Cmd.TRIM: DISCARD, Cmd.WRITE_ZEROES: WRITE_ZEROES, Cmd.CACHE: CACHE}
 
-Reply = list[bytes | bytearray]
+Reply = list[Buffer]
 
 
 class Serving:
     """What one session's requests are served with. `device` may change its size; the door keeps to what was agreed."""
 
-    def __init__(self, device: Device, session: Session) -> None:
-        self.replies = Replies(session.structured, session.extended)
+    def __init__(self, device: Device, session: Session, allocate: Allocate) -> None:
+        self.replies = Replies(session.structured, session.extended, allocate)
         self._device = device
+        self._holes = self.replies.structured
         self._extended = session.extended
         self._size = session.export.size
         self._contexts = session.contexts
@@ -38,27 +43,25 @@ class Serving:
     def serve(self, request: Request, reply: Reply) -> Pending:
         """The coroutine that serves a request which has passed the door."""
         command = request.command
-        if request.length == 0 and command != Cmd.FLUSH:
-            reply.append(self.replies.done(request))
-            return _nothing()
-        if command == Cmd.READ:
-            large = self.replies.structured and request.length >= SPARSE_READ
-            if large and self._device.limits.sparse and not request.flags & CMD_FLAG_DF:
+        length = request.length
+        if command == _READ and length:
+            if length >= SPARSE_READ and self._holes and self._device.limits.sparse and not request.flags & CMD_FLAG_DF:
                 return self._sparse_read(request, reply)
             buffer, data = self.replies.read(request)
             reply.append(buffer)
-            return self._device.submit(Io(IO_READ, request.length, data), request.offset)
-        if command == Cmd.BLOCK_STATUS:
+            return self._device.submit(Io(IO_READ, length, data), request.offset)
+        if length == 0 and command != _FLUSH:
+            reply.append(self.replies.done(request))
+            return _nothing()
+        if command == _BLOCK_STATUS:
             return self._block_status(request, reply)
         reply.append(self.replies.done(request))
-        if command == Cmd.WRITE:
+        if command == _WRITE:
             assert request.payload is not None
-            io = Io(IO_WRITE, request.length, request.payload, request.flags & FUA)
-            return self._device.submit(io, request.offset)
-        if command == Cmd.FLUSH:
+            return self._device.submit(Io(IO_WRITE, length, request.payload, request.flags & FUA), request.offset)
+        if command == _FLUSH:
             return self._device.submit(Io(FLUSH, 0), 0)
-        io = Io(_PLAIN[Cmd(command)], request.length, flags=request.flags & _IO_FLAGS)
-        return self._device.submit(io, request.offset)
+        return self._device.submit(Io(_PLAIN[command], length, flags=request.flags & _IO_FLAGS), request.offset)
 
     async def _sparse_read(self, request: Request, reply: Reply) -> None:
         """A large read, with its zeroes as holes. A hole is as true as a read of it would have been at the same moment."""

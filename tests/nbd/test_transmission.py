@@ -10,7 +10,7 @@ import pytest
 from nbdmap.errors import ProtocolError
 from nbdmap.nbd import constants as nbd
 from nbdmap.nbd.constants import Chunk, Cmd, Error
-from nbdmap.nbd.transmission import BUFFER_SIZE, LARGE, Replies, Request, RequestReader, wire_error
+from nbdmap.nbd.transmission import BUFFER_SIZE, LARGE, ReceiveBuffer, Replies, Request, RequestReader, wire_error
 
 
 def encode(
@@ -168,6 +168,49 @@ def test_requests_that_borrow_keep_their_bytes() -> None:
     reader.renew()
     receive(reader, b"2" * (512 + 28 - 100) + encode(Cmd.WRITE, 3, 0, 512, payload=b"3" * 512), 1 << 20)
     assert bytes(first.payload) == b"1" * 512
+
+
+def test_readers_share_a_buffer() -> None:
+    shared = ReceiveBuffer()
+    first, second = RequestReader(False, shared), RequestReader(False, shared)
+    one, other = encode(Cmd.WRITE, 1, 0, 8, payload=b"first123"), encode(Cmd.WRITE, 2, 0, 8, payload=b"second45")
+    for step in range(1, len(one)):
+        found = receive(first, one[:step], 1 << 20)
+        first.settle()
+        found += receive(second, other[:step], 1 << 20)
+        second.settle()
+        found += receive(first, one[step:], 1 << 20)
+        first.settle()
+        found += receive(second, other[step:], 1 << 20)
+        second.settle()
+        assert [entry[5] for entry in found] == [b"first123", b"second45"]
+
+
+def test_a_buffer_is_left_to_who_borrowed_it() -> None:
+    shared = ReceiveBuffer()
+    first, second = RequestReader(False, shared), RequestReader(False, shared)
+    first.feed(encode(Cmd.WRITE, 1, 0, 8, payload=b"borrowed") + b"%\x60")
+    request = first.next()
+    assert request is not None
+    assert request.borrowed
+    first.renew()
+    receive(second, encode(Cmd.WRITE, 2, 0, 8, payload=b"other678"), 1 << 20)
+    assert request.payload == b"borrowed"
+    assert first.next() is None
+    first.feed(encode(Cmd.READ, 3, 0, 8)[2:])
+    assert drain(first)[0][2] == 3
+    first.settle()
+
+
+def test_what_was_put_by_is_not_borrowed() -> None:
+    reader = RequestReader(False)
+    reader.feed(encode(Cmd.WRITE, 1, 0, 8, payload=b"put away"))
+    reader.settle()
+    reader.settle()
+    request = reader.next()
+    assert request is not None
+    assert not request.borrowed
+    assert request.payload == b"put away"
 
 
 def test_a_buffer_full_of_requests_grows() -> None:
