@@ -1,0 +1,85 @@
+"""The stacks of linear and striped that are crashed, over disks and over files."""
+
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Final
+
+from nbdmap.block.device import Device
+from nbdmap.dm.device import MappedDevice
+from nbdmap.dm.table import parse_table
+from tests.crash.scenario import Scenario, Stack
+from tests.support.disks import FakeOpener
+
+
+def _no_events(device: MappedDevice, action: str, keys: Mapping[str, str]) -> None:
+    """Nobody listens."""
+
+
+class Tables(Scenario):
+    """A device for each of `tables`, each over the disks (7:0, 7:1, ...) and the devices before it (by name)."""
+
+    tables: ClassVar[Mapping[str, str]]
+    """The last is the one that clients use."""
+
+    async def open(self, disks: Sequence[Device]) -> Stack:
+        mapped: list[MappedDevice] = []
+        for name, table in self.tables.items():
+            device = self.device_type(name, "", f"254:{len(mapped)}", self.types, _no_events)
+            await device.load(parse_table(table), FakeOpener(*disks, *mapped), read_only=False)
+            await device.resume()
+            mapped.append(device)
+        top = mapped[-1]
+        return Stack({top.name: self.seen(top)}, mapped)
+
+
+class Linear(Tables):
+    """Three ranges of two disks, out of order, so that requests are cut at their borders."""
+
+    name = "linear"
+    sectors = (40, 32)
+    tables: ClassVar = {"lin": "0 20 linear 7:0 8\n20 24 linear 7:1 4\n44 8 linear 7:0 30"}
+
+
+class Striped(Tables):
+    """Three stripes with chunks of four sectors, starting at different sectors."""
+
+    name = "striped"
+    sectors = (20, 18, 24)
+    tables: ClassVar = {"str": "0 48 striped 3 4 7:0 2 7:1 0 7:2 8"}
+
+
+class Stacked(Tables):
+    """Stripes over a linear device and a disk, a linear device over those: two floors, a disk that is used twice."""
+
+    name = "stacked"
+    sectors = (30, 28)
+    tables: ClassVar = {
+        "low": "0 24 linear 7:0 5",
+        "mid": "0 48 striped 2 3 low 0 7:1 2",
+        "top": "0 30 linear mid 18\n30 18 linear mid 0",
+    }
+
+
+class LinearFiles(Linear):
+    """As Linear, over FileDisks."""
+
+    name = "linear-files"
+    files = True
+
+
+class StripedFiles(Striped):
+    """As Striped, over FileDisks."""
+
+    name = "striped-files"
+    files = True
+
+
+class StackedFiles(Stacked):
+    """As Stacked, over FileDisks."""
+
+    name = "stacked-files"
+    files = True
+
+
+SCENARIOS: Final[dict[str, type[Scenario]]] = {
+    kind.name: kind for kind in (Linear, Striped, Stacked, LinearFiles, StripedFiles, StackedFiles)
+}
