@@ -11,6 +11,8 @@ import queue
 import threading
 from typing import Final
 
+from nbdmap.cli.flood import FloodGate
+
 MAX_LINES: Final = 10_000
 LAST_SECONDS: Final = 0.2
 """What the last lines have to be written when the process ends."""
@@ -105,6 +107,7 @@ def set_up(style: str, level: int) -> None:
     handler.setFormatter(_Json() if style == "json" else _Lines(journal=_is_journal()))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("nbdmap").setLevel(level)
+    logging.getLogger("nbdmap.server.connection").filters[:] = [FloodGate()]
 
 
 def flush() -> None:
