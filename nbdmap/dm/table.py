@@ -96,6 +96,7 @@ class Table:
         """The distinct devices below, in the order of the table."""
         self.flushed = _distinct(target for target in targets if target.flushed)
         """Those that a flush must reach."""
+        self._only = targets[0] if len(targets) == 1 else None
         self._opened = opened
         self._starts = [target.begin for target in targets]
 
@@ -175,19 +176,17 @@ class Table:
         op = io.op
         if op is FLUSH:
             return self._flush(io)
+        if (op is DISCARD and not self.limits.discard) or (op is WRITE_ZEROES and not self.limits.zero):
+            raise Unsupported(f"{op.name.lower()} is not supported by every device below")
         end = offset + io.length
         if end > self.size:
             raise IoFailed(f"bytes {offset} to {end} are beyond the end of the table, {self.size}")
-        if (op is DISCARD and not self.limits.discard) or (op is WRITE_ZEROES and not self.limits.zero):
-            raise Unsupported(f"{op.name.lower()} is not supported by every device below")
-        target = self._target_at(offset)
+        target = self._only or self._target_at(offset)
         if end <= target.end:
             return target.submit(io, offset)
         return run_all(self._pieces(io, offset))
 
     def _target_at(self, offset: int) -> Target:
-        if len(self.targets) == 1:
-            return self.targets[0]
         return self.targets[bisect_right(self._starts, offset) - 1]
 
     def _pieces(self, io: Io, offset: int) -> list[Pending]:
