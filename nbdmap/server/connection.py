@@ -56,6 +56,8 @@ class Shared:
 
     def __init__(self) -> None:
         self.clients: set[Connection] = set()
+        self.closed = False
+        """The server has stopped: who was accepted in its last moment is not served."""
         self.buffers = Buffers()
         self.receive = ReceiveBuffer()
 
@@ -84,6 +86,7 @@ class Connection(asyncio.BufferedProtocol):
         self._requests = 0  # in flight, beyond the wake-up that started them
         self._bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._leaving: asyncio.Task[None] | None = None
         self._gone: asyncio.Future[None]
         self._stopped = False  # nothing more is taken for now, for one of the reasons below
         self._choked = False  # the transport holds more than MAX_UNSENT
@@ -103,7 +106,10 @@ class Connection(asyncio.BufferedProtocol):
         self._clients.add(self)
         self._gone = asyncio.get_running_loop().create_future()
         self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._expire)
-        self._send_handshake()
+        if self._shared.closed:
+            self._transport.abort()
+        else:
+            self._send_handshake()
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """Where the next bytes go."""
@@ -253,7 +259,7 @@ class Connection(asyncio.BufferedProtocol):
                     yielded = pending.send(None)
                 except StopIteration:
                     self._put(request, reply)
-                except Exception as error:
+                except (Exception, asyncio.CancelledError) as error:
                     self._out.append(self._failure(request, error))
                 else:
                     self._park(pending, yielded, request, reply)
@@ -296,15 +302,16 @@ class Connection(asyncio.BufferedProtocol):
 
     def _finish(self, request: Request, reply: Reply, task: asyncio.Task[None]) -> None:
         """A request that had to wait has ended."""
-        if task.cancelled():
-            reply = [self._serving.replies.error(request, Error.ESHUTDOWN, "the server is shutting down")]
-        elif isinstance(error := task.exception(), Exception):
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
             reply = [self._failure(request, error)]
         self._count(request, -1)
         self._put(request, reply)
         self._continue_soon()
 
-    def _failure(self, request: Request, error: Exception) -> bytes:
+    def _failure(self, request: Request, error: BaseException) -> bytes:
+        if isinstance(error, asyncio.CancelledError):
+            return self._serving.replies.error(request, Error.ESHUTDOWN, "the server is shutting down")
         if not isinstance(error, NbdmapError):
             log.error("%s: command %d failed unexpectedly", self._peer, request.command, exc_info=error)
             return self._serving.replies.error(request, Error.EIO, f"internal error: {type(error).__name__}")
@@ -352,7 +359,7 @@ class Connection(asyncio.BufferedProtocol):
         self._check_gone()
 
     def _check_gone(self) -> None:
-        if self._lost and not self._tasks and self._device is None and not self._gone.done():
+        if self._lost and not self._tasks and self._device is None and self._leaving is None and not self._gone.done():
             self._gone.set_result(None)
 
     # --- the end -------------------------------------------------------------------------------------------------------
@@ -373,7 +380,16 @@ class Connection(asyncio.BufferedProtocol):
         if self._lost and not self._requests and self._device is not None:
             device, self._device = self._device, None
             log.info("%s: left %r", self._peer, device.name)
-            self._start_task(self._exports.release(device))
+            self._leaving = asyncio.get_running_loop().create_task(self._leave(device))
+        self._check_gone()
+
+    async def _leave(self, device: Device) -> None:
+        """Gives the device back; no `cancel` ends that."""
+        try:
+            await self._exports.release(device)
+        except Exception:
+            log.exception("%s: %r was not closed in good order", self._peer, device.name)
+        self._leaving = None
         self._check_gone()
 
     def shut_down(self) -> None:

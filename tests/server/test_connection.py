@@ -355,7 +355,7 @@ async def test_an_export_that_goes_between_option_and_open() -> None:
         def vanished(name: str) -> FakeDisk:
             raise NoSuchDevice("gone")
 
-        stack.exports.open = vanished  # type: ignore[method-assign,assignment]
+        stack.exports.open = vanished  # type: ignore[method-assign]
         await client.go("a")
         with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
             await client.reader.readexactly(1)
