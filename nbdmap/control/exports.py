@@ -123,8 +123,8 @@ class Exports:
 
 
 def _flags(limits: Limits, read_only: bool) -> int:
-    """The transmission flags of a device."""
-    flags = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.CAN_MULTI_CONN
+    """The transmission flags of a device; the handshake leaves out what a client has not negotiated the means for."""
+    flags = nbd.HAS_FLAGS | nbd.SEND_FLUSH | nbd.SEND_FUA | nbd.CAN_MULTI_CONN | nbd.BLOCK_STATUS_PAYLOAD
     if limits.rotational:
         flags |= nbd.ROTATIONAL
     if limits.cache:

@@ -47,6 +47,8 @@ class Door:
         if request.flags & ~allowed:
             return Refusal(Error.EINVAL, f"flags {request.flags & ~allowed:#x} do not belong to {Cmd(command).name}")
         if command == BLOCK_STATUS and request.flags & nbd.CMD_FLAG_PAYLOAD_LEN:
+            if length < 12 or length % 4 or request.oversize:
+                return Refusal(Error.EINVAL, f"BLOCK_STATUS: a payload of {length} bytes is not a length and context ids")
             length = 0  # that of the payload; the range stands in it
         if command in _CHANGING:
             if self._read_only:

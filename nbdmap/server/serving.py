@@ -16,8 +16,6 @@ from nbdmap.nbd.transmission import Allocate, Buffer, Replies, Request
 
 SPARSE_READ: Final = 64 << 10
 """Reads of this size and more look for holes first, where the device may have them."""
-MAX_LENGTH: Final = (1 << 32) - 1
-"""The largest extent that a 32-bit BLOCK_STATUS chunk can say."""
 
 _IO_FLAGS: Final = FUA | NO_HOLE | FAST_ZERO
 _READ: Final = int(Cmd.READ)
@@ -36,8 +34,8 @@ class Serving:
         self.replies = Replies(session.structured, session.extended, allocate)
         self._device = device
         self._holes = self.replies.structured
-        self._extended = session.extended
         self._size = session.export.size
+        self._block = session.export.minimum_block
         self._contexts = session.contexts
 
     def serve(self, request: Request, reply: Reply) -> Pending:
@@ -89,14 +87,13 @@ class Serving:
         await run_all(reads)
 
     async def _block_status(self, request: Request, reply: Reply) -> None:
-        """One chunk for each selected context; there is only base:allocation."""
+        """One chunk for each selected context; there is only base:allocation. An extent is no longer than what was asked
+        for, so a client that asks in 32 bits can be told of it in 32 bits."""
         ids, length = self._wanted(request)
         extents = await self._device.extents(request.offset, length)
         extents = [(size, flags & (HOLE | ZERO)) for size, flags in extents]
         if request.flags & CMD_FLAG_REQ_ONE:
             del extents[1:]
-        if not self._extended:
-            extents = _cut(extents)
         for number in ids:
             reply.append(self.replies.block_status(request, number, extents, done=number == ids[-1]))
 
@@ -105,14 +102,14 @@ class Serving:
         if not request.flags & CMD_FLAG_PAYLOAD_LEN:
             return list(self._contexts), request.length
         payload = bytes(request.payload or b"")
-        if len(payload) < 12 or len(payload) % 4:
-            raise InvalidArgument(f"BLOCK_STATUS: a payload of {len(payload)} bytes is not a length and context ids")
         length = int.from_bytes(payload[:8], "big")
         ids = [int.from_bytes(payload[at : at + 4], "big") for at in range(8, len(payload), 4)]
         if len(set(ids)) < len(ids) or not set(ids) <= set(self._contexts):
             raise InvalidArgument(f"BLOCK_STATUS: context ids {ids} are not all different and negotiated")
         if not 0 < length <= self._size - request.offset:
             raise InvalidArgument(f"BLOCK_STATUS of {length} bytes at {request.offset} reaches beyond the end, {self._size}")
+        if length % self._block:
+            raise InvalidArgument(f"BLOCK_STATUS of {length} bytes is not aligned to blocks of {self._block}")
         return ids, length
 
 
@@ -130,11 +127,3 @@ def _merge_data(extents: list[Extent]) -> list[tuple[int, bool]]:
         else:
             pieces.append((length, zero))
     return pieces
-
-
-def _cut(extents: list[Extent]) -> list[Extent]:
-    """No extent longer than 32 bits can say; what follows a cut one is left for the client's next question."""
-    for index, (length, flags) in enumerate(extents):
-        if length > MAX_LENGTH:
-            return [*extents[:index], (MAX_LENGTH - MAX_LENGTH % (64 << 10), flags)]
-    return extents
