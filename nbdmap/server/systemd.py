@@ -6,17 +6,26 @@ from collections.abc import MutableMapping
 from typing import Final
 
 FIRST_DESCRIPTOR: Final = 3
+NOTIFY_SECONDS: Final = 0.5
+"""How long a service manager may take to make room for what it is told."""
 
 
 def take_descriptors(environment: MutableMapping[str, str]) -> list[int]:
-    """The sockets that were passed to this process, and takes the variables away so that no child believes them."""
+    """The sockets that were passed to this process, and takes the variables away so that no child believes them.
+
+    Ends behind the first that is not open: it is returned, so that whoever listens on it can say which one it is.
+    """
     count, pid = environment.pop("LISTEN_FDS", ""), environment.pop("LISTEN_PID", "")
     environment.pop("LISTEN_FDNAMES", None)
-    if not count.isdigit() or pid != str(os.getpid()):
-        return []
-    descriptors = list(range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count)))
-    for descriptor in descriptors:
-        os.set_inheritable(descriptor, False)
+    descriptors: list[int] = []
+    if pid != str(os.getpid()) or not (count.isascii() and count.isdigit()):
+        return descriptors
+    for descriptor in range(FIRST_DESCRIPTOR, FIRST_DESCRIPTOR + int(count)):
+        descriptors.append(descriptor)
+        try:
+            os.set_inheritable(descriptor, False)
+        except OSError:
+            break
     return descriptors
 
 
@@ -26,6 +35,7 @@ def notify(environment: MutableMapping[str, str], state: str) -> None:
     if not path.startswith(("/", "@")):
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+        out.settimeout(NOTIFY_SECONDS)
         try:
             out.connect("\0" + path[1:] if path[0] == "@" else path)
             out.send(state.encode())
