@@ -184,9 +184,11 @@ def raise_descriptor_limit(wanted: int) -> None:
 def hasty(seconds: float, config: str = CONFIG, listen: Sequence[str] = ()) -> Iterator[Server]:
     """A server whose handshake deadline is shorter than the real one."""
     program = processes.PROGRAM
-    processes.PROGRAM = (*program[:2], "tests.hostile.hasty")  # type: ignore[misc]
-    try:
-        with serving(config, listen=listen, environment={"HANDSHAKE_SECONDS": str(seconds)}) as server:
-            yield server
-    finally:
-        processes.PROGRAM = program  # type: ignore[misc]
+    with contextlib.ExitStack() as stack:
+        processes.PROGRAM = (*program[:2], "tests.hostile.hasty")  # type: ignore[misc]
+        try:
+            running = serving(config, listen=listen, environment={"HANDSHAKE_SECONDS": str(seconds)})
+            server = stack.enter_context(running)
+        finally:
+            processes.PROGRAM = program  # type: ignore[misc]
+        yield server
