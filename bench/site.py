@@ -1,0 +1,113 @@
+"""Where a benchmark runs: a directory of its own with the files that are served, certificates, sockets and logs.
+
+`data.img` is random and in the page cache; half of `sparse.img` is holes, in turns of CHUNK; `target.img` is all hole and
+copied into.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Final
+
+from nbdmap.units import GIB, MIB
+from tests.support.certificates import make_certificates
+
+CHUNK: Final = 8 * MIB
+
+
+class Backing(StrEnum):
+    """What is served."""
+
+    DATA = "data.img"
+    SPARSE = "sparse.img"
+    TARGET = "target.img"
+    MEMORY = "memory"
+    STACK = "stack"
+    """data.img, through a stack of targets."""
+
+
+class Site:
+    """The directory, and how large its files are. Files are made when first asked for."""
+
+    def __init__(self, directory: Path, *, size: int = 256 * MIB, sparse_size: int = 4 * GIB) -> None:
+        self.directory = directory
+        self.size = size
+        self.sparse_size = sparse_size
+        self._count = 0
+
+    @property
+    def certificates(self) -> Path:
+        """The directory of the servers' certificates."""
+        directory = self.directory / "tls"
+        return directory if directory.exists() else make_certificates(directory)
+
+    def unique(self, name: str) -> Path:
+        """A new path for a socket, a log or the like."""
+        self._count += 1
+        return self.directory / f"{self._count}-{name}"
+
+    def file(self, backing: Backing) -> Path:
+        """The file behind what is served."""
+        name = Backing.DATA if backing is Backing.STACK else backing
+        path = self.directory / name
+        if not path.exists():
+            if name == Backing.DATA:
+                _fill(path, self.size, every=1)
+            elif name == Backing.SPARSE:
+                _fill(path, self.sparse_size, every=2)
+            else:
+                self.clear_target()
+        return path
+
+    def size_of(self, backing: Backing) -> int:
+        """How large the export is."""
+        return self.sparse_size if backing in (Backing.SPARSE, Backing.TARGET) else self.size
+
+    def clear_target(self) -> None:
+        """Makes target.img a single hole, whatever a server has written to it."""
+        with (self.directory / Backing.TARGET).open("ab") as file:
+            file.truncate(0)
+            file.truncate(self.sparse_size)
+
+    def settle(self, backing: Backing) -> None:
+        """Writes back what the last client left dirty, so that the next one does not pay for it."""
+        if backing in (Backing.DATA, Backing.STACK):
+            descriptor = os.open(self.file(backing), os.O_RDONLY)
+            try:
+                os.fdatasync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def warm(self, backing: Backing) -> None:
+        """Reads the file once, so that it is in the page cache."""
+        if backing is not Backing.MEMORY:
+            with self.file(backing).open("rb", buffering=0) as file:
+                buffer = bytearray(MIB)
+                while file.readinto(buffer):
+                    pass
+
+
+def _fill(path: Path, size: int, every: int) -> None:
+    """Random bytes in one CHUNK of `every`; holes in the others."""
+    noise = os.urandom(min(CHUNK, size))
+    with path.open("wb", buffering=0) as file:
+        file.truncate(size)
+        for number, start in enumerate(range(0, size, CHUNK * every)):
+            file.seek(start)
+            file.write((number.to_bytes(8, "big") + noise[8:])[: size - start])
+        os.fdatasync(file.fileno())
+
+
+@contextlib.contextmanager
+def site(parent: Path | None = None, *, size: int = 256 * MIB, sparse_size: int = 4 * GIB) -> Iterator[Site]:
+    """A site for the length of a block; its name is short enough for the paths of Unix sockets."""
+    directory = Path(tempfile.mkdtemp(prefix="nbdmap-bench-", dir=parent))
+    try:
+        directory.chmod(0o755)
+        yield Site(directory, size=size, sparse_size=sparse_size)
+    finally:
+        shutil.rmtree(directory)
