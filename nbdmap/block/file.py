@@ -11,7 +11,7 @@ Durability, the invariants:
 - `_changes` counts writes, discards and zeroings when they end, before they are answered; `_durable` is what it was when
   the last successful fdatasync began. A flush ends when `_durable` has reached what `_changes` was when the flush began.
 - One fdatasync runs at a time. A flush that arrives meanwhile waits for the next, which all that wait share.
-- When an fdatasync, or the synchronous half of a FUA write, fails, the kernel has forgotten what it could not write and
+- When an fdatasync, or the writing out of a FUA write, fails, the kernel has forgotten what it could not write and
   would report success the next time. So the failure is latched, in the thread that saw it: from then on every flush and
   FUA fails.
 """
@@ -265,17 +265,15 @@ class FileDisk(Device):
     def _write_durably_now(self, data: memoryview, offset: int) -> None:
         """FUA. First a plain write: if the disk is full it fails there, where nothing is lost and nothing is latched.
 
-        Commit point: then the same bytes again with RWF_DSYNC, which writes out this range only (fdatasync would write
-        all that is dirty) and costs one more copy of them. Past the page cache fdatasync has nothing else to write.
+        Commit point: then the range is written out, and it only (fdatasync would write all that is dirty). The bytes are not
+        written again, as with RWF_DSYNC: somebody may have read them since, and written others over them.
         """
         self._write_now(data, offset)
         try:
             if self._bounce is not None:
-                os.fdatasync(self._fd)
-                return
-            while data:
-                done = os.pwritev(self._fd, (data,), offset, os.RWF_DSYNC)
-                data, offset = data[done:], offset + done
+                os.fdatasync(self._fd)  # past the page cache it has nothing else to write
+            else:
+                syscalls.sync_range(self._fd, offset, len(data))
         except OSError as error:
             self._latch(self._what("synchronous write", offset), error)
             raise

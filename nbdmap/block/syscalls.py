@@ -1,12 +1,13 @@
-"""System calls on files and block devices that Python's `os` lacks: fallocate, fstatfs and the block ioctls.
+"""System calls on files and block devices that Python's `os` lacks: fallocate, a range's fdatasync, fstatfs, block ioctls.
 
 All of them block and give up the GIL, so they belong in a thread. A failure is an OSError, as in `os`.
-References: fallocate(2), statfs(2), linux/fs.h, linux/falloc.h, linux/magic.h.
+References: fallocate(2), msync(2), statfs(2), linux/fs.h, linux/falloc.h, linux/magic.h.
 """
 
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import struct
 from typing import Final
@@ -26,6 +27,12 @@ _MEMORY_FILE_SYSTEMS: Final = {0x01021994, 0x858458F6, 0x958458F6}  # tmpfs and 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _libc.fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_MS_SYNC: Final = 4
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
@@ -34,6 +41,23 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def sync_range(fd: int, offset: int, length: int) -> None:
+    """fdatasync(2) of a range, which is what msync(2) is to a mapping of it; of the whole file where there are no mappings."""
+    begin = offset & -mmap.PAGESIZE
+    length += offset - begin
+    address = _libc.mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, begin)
+    if address == _MAP_FAILED:
+        os.fdatasync(fd)
+        return
+    try:
+        while _libc.msync(address, length, _MS_SYNC) != 0:
+            number = ctypes.get_errno()
+            if number != errno.EINTR:
+                raise OSError(number, os.strerror(number))
+    finally:
+        _libc.munmap(address, length)
 
 
 def in_memory(fd: int) -> bool:

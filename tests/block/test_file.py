@@ -300,17 +300,35 @@ async def test_a_short_write_is_completed(disk: FileDisk, monkeypatch: pytest.Mo
         assert await read(disk, SECTOR, 12 * KIB) == data
 
 
-async def test_fua_is_a_synchronous_write(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.pwritev
-    flags: list[int] = []
+async def test_fua_writes_once_and_syncs_the_range(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    real_write, real_sync = os.pwritev, syscalls.sync_range
+    calls: list[tuple[str, int, int]] = []
 
-    def pwritev(fd: int, parts: list[memoryview], offset: int, flag: int = 0) -> int:
-        flags.append(flag)
-        return real(fd, parts, offset, flag)
+    def pwritev(fd: int, parts: list[memoryview], offset: int) -> int:
+        calls.append(("write", offset, len(parts[0])))
+        return real_write(fd, parts, offset)
+
+    def sync_range(fd: int, offset: int, length: int) -> None:
+        calls.append(("sync", offset, length))
+        real_sync(fd, offset, length)
 
     monkeypatch.setattr(os, "pwritev", pwritev)
-    await write(disk, 0, b"x" * SECTOR, FUA)
-    assert flags == [0, os.RWF_DSYNC]
+    monkeypatch.setattr(syscalls, "sync_range", sync_range)
+    await write(disk, 3 * SECTOR, b"x" * SECTOR, FUA)
+    assert calls == [("write", 3 * SECTOR, SECTOR), ("sync", 3 * SECTOR, SECTOR)]
+
+
+async def test_a_fua_write_undoes_nothing_that_came_after_it(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by tests/linear: what was read of a FUA write under way, and then overwritten, must not come back."""
+    gate = Gate(syscalls.sync_range)
+    monkeypatch.setattr(syscalls, "sync_range", gate)
+    durable = asyncio.create_task(write(disk, 0, b"a" * SECTOR, FUA))
+    await gate.entered.wait()
+    assert await read(disk, 0, SECTOR) == b"a" * SECTOR
+    await write(disk, 0, b"b" * SECTOR)
+    gate.open()
+    await durable
+    assert await read(disk, 0, SECTOR) == b"b" * SECTOR
 
 
 @pytest.mark.parametrize("flags", [0, FUA])

@@ -204,11 +204,7 @@ async def test_a_failed_synchronous_write_is_latched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
     disk = await make(tmp_path / "a.img", direct=direct)
-    real = os.pwritev
-    fail = failing(errno.EIO)
-    monkeypatch.setattr(os, "pwritev", lambda *a: fail() if len(a) == 4 else real(*a))
-    if direct:
-        monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr(*((os, "fdatasync") if direct else (syscalls, "sync_range")), failing(errno.EIO))
     error = await refusal(write(disk, 0, b"x" * 4096, FUA))
     assert error.message == f"write of {disk.path} at byte 0: Input/output error"
     monkeypatch.undo()
@@ -233,8 +229,8 @@ async def test_a_synchronous_write_beside_a_failing_flush_fails_too(
 
 
 async def test_the_first_failure_is_the_one_that_is_told(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate = Gate(lambda *a: failing(errno.EIO)() if len(a) == 4 else os.fstat(a[0]) and SECTOR)
-    monkeypatch.setattr(os, "pwritev", gate)
+    gate = Gate(failing(errno.EIO))
+    monkeypatch.setattr(syscalls, "sync_range", gate)
     writing = asyncio.create_task(write(disk, 0, b"x" * SECTOR, FUA))
     await gate.entered.wait()
     monkeypatch.setattr(os, "fdatasync", failing(errno.ENXIO))

@@ -73,3 +73,42 @@ def test_block_devices(tmp_path: Path) -> None:
             assert os.pread(fd, 64 * KIB, 0) == bytes(8192) + b"x" * (64 * KIB - 8192)
         finally:
             os.close(fd)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(0, SECTOR), (SECTOR, SECTOR), (4096 - SECTOR, 2 * SECTOR), (0, 64 * KIB)])
+def test_sync_range(fd: int, offset: int, length: int) -> None:
+    syscalls.sync_range(fd, offset, length)
+
+
+def test_sync_range_raises_the_errno(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Libc:
+        mapped = 0
+
+        def mmap(self, *_arguments: object) -> int:
+            self.mapped += 1
+            return 4096
+
+        def munmap(self, *_arguments: object) -> int:
+            self.mapped -= 1
+            return 0
+
+        def msync(self, *_arguments: object) -> int:
+            ctypes.set_errno(errno.EIO)
+            return -1
+
+    libc = Libc()
+    monkeypatch.setattr(syscalls, "_libc", libc)
+    with pytest.raises(OSError, match="Input/output error"):
+        syscalls.sync_range(fd, 0, SECTOR)
+    assert libc.mapped == 0
+
+
+def test_sync_range_of_what_cannot_be_mapped_syncs_the_file(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    write_only = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
+    try:
+        syscalls.sync_range(write_only, 0, SECTOR)
+        assert synced == [write_only]
+    finally:
+        os.close(write_only)
