@@ -5,6 +5,7 @@
 TLS 1.2 and later, X.509 only (Python's ssl knows pre-shared keys from 3.13 on).
 """
 
+import os
 import ssl
 from pathlib import Path
 
@@ -20,10 +21,14 @@ def server_context(directory: str, verify_peer: bool) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     certificate, key, authority = (Path(directory, name) for name in ("server-cert.pem", "server-key.pem", "ca-cert.pem"))
     for path in (certificate, key, *([authority] if verify_peer else [])):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise InvalidArgument(f"tls: {path} is missing")
+
+    def passphrase() -> str:
+        raise InvalidArgument(f"tls: {key} is encrypted; a server has nobody to ask for its passphrase")
+
     try:
-        context.load_cert_chain(certificate, key)
+        context.load_cert_chain(certificate, key, passphrase)
     except (ssl.SSLError, OSError) as error:
         raise InvalidArgument(f"tls: {certificate}, {key}: {error}") from error
     if verify_peer:

@@ -180,8 +180,10 @@ async def test_port_0_is_tried_again_when_the_other_family_has_it_in_use(monkeyp
         listening.listen()
         if listening.family == socket.AF_INET6 and len(taken) < most:
             taken.append(socket.socket())
-            with suppress(OSError):  # it is in use already
+            taken[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            with suppress(OSError):  # another process listens there already
                 taken[-1].bind(("127.0.0.1", listening.getsockname()[1]))
+                taken[-1].listen()
 
     with monkeypatch.context() as patch:
         names(patch, *BOTH_FAMILIES)
