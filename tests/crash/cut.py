@@ -1,9 +1,10 @@
 """The states that the disks may be in after a power cut, given the log of what they were asked.
 
 At a moment k a change is *durable* when it had ended and, on its disk, a flush that was submitted later had ended too; or
-when it had ended and was FUA. Every other change that was submitted, ended or in flight, is *optional*: each of its sectors
-has reached the medium or not, on its own. Changes that have ended take effect in the order of their ends, so an optional one
-cannot undo a durable one that came later; those in flight may come in any order.
+when it had ended and was FUA; a flush of a range does it for the sectors there. Every other change that was submitted, ended
+or in flight, is *optional*: each of its sectors has reached the medium or not, on its own. Changes that have ended take
+effect in the order of their ends, so an optional one cannot undo a durable one that came later; those in flight may come in
+any order.
 
 A state is written as `3,7:5,12~9`: the optional entries that reached the media, in this order; `:5` is the mask of the sectors
 that did (hexadecimal; else all), and `~9` at the end says that discarded sectors hold garbage made from seed 9, not zeroes.
@@ -70,10 +71,10 @@ class Cut:
     def __init__(self, log: WriteLog, images: Sequence[bytes], at: int) -> None:
         self.at = at
         self._images = images
-        durable: list[Entry] = []
+        durable: list[tuple[Entry, int]] = []
         ended: list[Entry] = []
         flying: list[Entry] = []
-        flushed = _flushed(log, len(images), at)
+        flushes = _flushes(log, len(images), at)
         for entry in log.entries:
             if entry.submitted > at:
                 break
@@ -81,27 +82,30 @@ class Cut:
                 continue
             if entry.completed is None or entry.completed > at:
                 flying.append(entry)
-            elif not entry.failed and (entry.fua or (not entry.lost and entry.completed < flushed[entry.disk])):
-                durable.append(entry)
-            else:
+                continue
+            safe = _safe_sectors(entry, flushes[entry.disk])
+            if safe:
+                durable.append((entry, safe))
+            if safe != _whole(entry):
                 ended.append(entry)
-        self._durable = sorted(durable, key=_end)
+        self._durable = sorted(durable, key=lambda one: _end(one[0]))
         self.ended = sorted(ended, key=_end)
         self.flying = flying
         self.optional = [*self.ended, *flying]
-        self.discards = any(entry.kind == "discard" for entry in [*durable, *self.optional])
+        self.discards = any(one.kind == "discard" for one in [*(entry for entry, _ in durable), *self.optional])
         self._allowed = self._not_undone()
         self._floors: dict[int, list[bytes]] = {}
 
     def _not_undone(self) -> dict[int, int]:
-        """For each optional entry the mask of the sectors that no later durable entry holds for good."""
+        """For each optional entry the mask of the sectors that are not safe, and that no later safe one holds for good."""
         last: dict[tuple[int, int], int] = {}
-        for entry in self._durable:
-            for sector in entry.sectors:
-                last[entry.disk, sector] = _end(entry)
+        for entry, safe in self._durable:
+            for bit, sector in enumerate(entry.sectors):
+                if safe >> bit & 1:
+                    last[entry.disk, sector] = _end(entry)
         masks: dict[int, int] = {}
-        for entry in self.optional:
-            end = _end(entry) if entry in self.ended else _IN_FLIGHT
+        for index, entry in enumerate(self.optional):
+            end = _end(entry) if index < len(self.ended) else _IN_FLIGHT
             mask = 0
             for bit, sector in enumerate(entry.sectors):
                 if last.get((entry.disk, sector), 0) < end:
@@ -121,8 +125,8 @@ class Cut:
         floor = self._floors.get(garbage)
         if floor is None:
             made = [bytearray(image) for image in self._images]
-            for entry in self._durable:
-                _apply(made[entry.disk], entry, (1 << len(entry.sectors)) - 1, garbage)
+            for entry, safe in self._durable:
+                _apply(made[entry.disk], entry, safe, garbage)
             floor = self._floors[garbage] = [bytes(image) for image in made]
         return floor
 
@@ -207,13 +211,35 @@ def masks_of(sectors: int) -> Iterator[int]:
         yield (1 << border) - 1
 
 
-def _flushed(log: WriteLog, disks: int, at: int) -> list[int]:
-    """For each disk the moment before which whatever had ended is durable: when the last good flush was submitted."""
-    moments = [0] * disks
+def _flushes(log: WriteLog, disks: int, at: int) -> list[list[Entry]]:
+    """The good flushes of each disk that had ended by `at`."""
+    found: list[list[Entry]] = [[] for _ in range(disks)]
     for entry in log.entries:
         if entry.kind == "flush" and not entry.failed and entry.completed is not None and entry.completed <= at:
-            moments[entry.disk] = max(moments[entry.disk], entry.submitted)
-    return moments
+            found[entry.disk].append(entry)
+    return found
+
+
+def _safe_sectors(entry: Entry, flushes: list[Entry]) -> int:
+    """The mask of the sectors of a change that has ended which these flushes, or its FUA, have made durable."""
+    whole = _whole(entry)
+    if entry.failed:
+        return 0
+    if entry.fua:
+        return whole
+    safe = 0
+    for flush in flushes:
+        if flush.submitted > _end(entry) and (entry.lost is None or _end(flush) <= entry.lost):
+            if not flush.length:
+                return whole
+            for bit, sector in enumerate(entry.sectors):
+                if sector in flush.sectors:
+                    safe |= 1 << bit
+    return safe
+
+
+def _whole(entry: Entry) -> int:
+    return (1 << len(entry.sectors)) - 1
 
 
 def _end(entry: Entry) -> int:
@@ -228,7 +254,7 @@ def _apply(image: bytearray, entry: Entry, mask: int, garbage: int) -> None:
         data = _garbage(garbage * 1000 + entry.number, entry.length)
     else:
         data = bytes(entry.length)
-    if mask == (1 << len(entry.sectors)) - 1:
+    if mask == _whole(entry):
         image[entry.offset : entry.offset + entry.length] = data
         return
     for bit in range(len(entry.sectors)):

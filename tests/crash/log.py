@@ -16,10 +16,11 @@ ALL: Final = -1
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One request to one disk. `kind` is write, zero, discard or flush; `data` is a write's payload.
+    """One request to one disk. `kind` is write, zero, discard or flush; `data` is a write's payload. A flush with a length is
+    one of that range only, as msync does.
 
     `completed` is the moment it ended, None while it is in flight; a write that ended with an error holds what of it was
-    done. `lost` says that a failed sync has forgotten it: no later flush makes it durable.
+    done. `lost` is the moment at which a failed sync forgot it: no later flush makes it durable.
     """
 
     number: int
@@ -32,7 +33,7 @@ class Entry:
     submitted: int
     completed: int | None = None
     failed: bool = False
-    lost: bool = False
+    lost: int | None = None
 
     @property
     def sectors(self) -> range:
@@ -74,21 +75,14 @@ class WriteLog:
 
     def fail(self, entry: Entry, done: int = 0, *, forget: bool = False) -> None:
         """A request ended with an error after `done` bytes. `forget`: as a failed fsync does, which marks dirty pages
-        clean, so that what was not durable by now may never be."""
+        clean, so that what was not durable by then (in the range of the flush, if it has one) may never be."""
         entry.completed = self.tick()
         entry.failed = True
+        flush_range = set(entry.sectors) if entry.kind == "flush" else set()
         entry.length = done
         entry.data = entry.data[:done]
         if forget:
             for other in self.entries:
-                if other.disk == entry.disk and other.kind != "flush" and not self._durable_now(other):
-                    other.lost = True
-
-    def _durable_now(self, entry: Entry) -> bool:
-        if entry.completed is None or entry.failed:
-            return False
-        return entry.fua or any(
-            flush.kind == "flush" and flush.disk == entry.disk and not flush.failed
-            and flush.completed is not None and flush.submitted > entry.completed
-            for flush in self.entries[entry.number + 1 :]
-        )  # fmt: skip
+                touched = not flush_range or not flush_range.isdisjoint(other.sectors)
+                if other.disk == entry.disk and other.kind != "flush" and other.lost is None and touched:
+                    other.lost = entry.completed

@@ -54,13 +54,18 @@ class Logged:
 
 def entries_of(log: WriteLog, disk: int) -> Iterator[Logged]:
     """What dm-log-writes would have logged of one disk, but for this: a FUA write takes with it the earlier plain writes
-    that it overlaps, which the kernel logs behind it, so that its log ends with another disk than there was."""
+    that it overlaps, which the kernel logs behind it, so that its log ends with another disk than there was. What a flush of a
+    range covers enters the log as FUA writes."""
     ends = [(entry.completed, entry) for entry in log.entries if entry.disk == disk and entry.completed and not entry.failed]
     events: list[tuple[int, Entry | str]] = [*ends, *log.marks]
     unflushed: list[Entry] = []
     for _, what in sorted(events, key=lambda one: one[0]):
         if isinstance(what, str):
             yield Logged(0, 0, Flag.MARK, what.encode())
+        elif what.kind == "flush" and what.length:
+            taken = _overlapped([entry for entry in unflushed if (entry.completed or 0) < what.submitted], what)
+            yield from (_write(entry, fua=True) for entry in unflushed if entry in taken)
+            unflushed = [entry for entry in unflushed if entry not in taken]
         elif what.kind == "flush":
             covered = [entry for entry in unflushed if (entry.completed or 0) < what.submitted]
             yield from map(_write, covered)
@@ -88,8 +93,8 @@ def _overlapped(unflushed: list[Entry], by: Entry) -> set[Entry]:
     return taken
 
 
-def _write(entry: Entry) -> Logged:
-    flags = (Flag.FUA if entry.fua else Flag(0)) | (Flag.DISCARD if entry.kind == "discard" else Flag(0))
+def _write(entry: Entry, *, fua: bool = False) -> Logged:
+    flags = (Flag.FUA if fua or entry.fua else Flag(0)) | (Flag.DISCARD if entry.kind == "discard" else Flag(0))
     data = entry.data if entry.kind == "write" else bytes(entry.length if entry.kind == "zero" else 0)
     return Logged(entry.offset // SECTOR, entry.length // SECTOR, flags, data)
 

@@ -100,8 +100,8 @@ class Scenario:
         """What fails in a run: in one of three something does."""
         if rng.random() < 0.67:
             return []
-        kind = rng.choice(("flush", "flush", "write", "zero", *(("dsync",) if self.files else ())))
-        number = errno.EIO if kind in ("flush", "dsync") else rng.choice((errno.EIO, errno.ENOSPC))
+        kind = rng.choice(("flush", "flush", "write", "zero", *(("range",) if self.files else ())))
+        number = errno.EIO if kind in ("flush", "range") else rng.choice((errno.EIO, errno.ENOSPC))
         faults = [((kind, rng.randrange(6)), Fault(number, rng.choice((0.0, 0.5, 1.0))))]
         if self.files:
             faults.append((("write", rng.randrange(6)), Fault(0, 0.5)))

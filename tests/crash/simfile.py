@@ -1,8 +1,8 @@
 """The real FileDisk on a simulated file: its system calls go to a page cache whose write-out is in the log.
 
 All of FileDisk's code runs but `open`: the inline path, its threads (real ones, but only one of them runs at a time, and each
-system call is a place where it stops and lets the seeded schedule go on), the group commit and the latch. `fdatasync` makes
-durable what had been written when it began; one that fails forgets what it could not write, as Linux does.
+system call is a place where it stops and lets the seeded schedule go on), the group commit and the latch. `fdatasync` and
+`sync_range` make durable what had been written when they began; a failed one forgets what it could not write, as Linux does.
 
     kernel = SimKernel(log, weather, images)
     with kernel.installed():
@@ -111,7 +111,6 @@ class SimThreads:
 class SimKernel:
     """The files of one run and the system calls on them; stands in for `os` and `syscalls` in FileDisk's module."""
 
-    RWF_DSYNC: Final = os.RWF_DSYNC
     POSIX_FADV_WILLNEED: Final = os.POSIX_FADV_WILLNEED
     PUNCH_HOLE: Final = syscalls.PUNCH_HOLE
     ZERO_RANGE: Final = syscalls.ZERO_RANGE
@@ -171,16 +170,16 @@ class SimKernel:
         data[:done] = self.files[fd - FIRST_FD][offset : offset + done]
         return done
 
-    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
-        """pwritev2(2)"""
+    def pwritev(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """pwritev(2)"""
         (data,) = buffers
-        entry = self.log.submit(fd - FIRST_FD, "write", offset, len(data), bytes(data), fua=bool(flags & self.RWF_DSYNC))
+        entry = self.log.submit(fd - FIRST_FD, "write", offset, len(data), bytes(data))
         self._park()
-        fault = self.weather.fault("dsync" if entry.fua else "write")
-        done = entry.length if fault is None or entry.fua else fault.bytes_of(entry.length)
+        fault = self.weather.fault("write")
+        done = entry.length if fault is None else fault.bytes_of(entry.length)
         self.files[fd - FIRST_FD][offset : offset + done] = data[:done]
         if fault and fault.errno:
-            self.log.fail(entry, done, forget=entry.fua)
+            self.log.fail(entry, done)
             raise OSError(fault.errno, os.strerror(fault.errno))
         self.log.complete(entry, done)
         self._park()
@@ -188,11 +187,18 @@ class SimKernel:
 
     def fdatasync(self, fd: int) -> None:
         """fdatasync(2)"""
-        entry = self.log.submit(fd - FIRST_FD, "flush", 0, 0)
+        self._sync(fd, 0, 0, "flush")
+
+    def sync_range(self, fd: int, offset: int, length: int) -> None:
+        """syscalls.sync_range"""
+        self._sync(fd, offset, length, "range")
+
+    def _sync(self, fd: int, offset: int, length: int, kind: str) -> None:
+        entry = self.log.submit(fd - FIRST_FD, "flush", offset, length)
         self._park()
-        if fault := self.weather.fault("flush"):
+        if fault := self.weather.fault(kind):
             self.log.fail(entry, forget=True)
-            raise OSError(fault.errno or errno.EIO, "Input/output error")
+            raise OSError(fault.errno or errno.EIO, os.strerror(fault.errno or errno.EIO))
         self.log.complete(entry)
         self._park()
 

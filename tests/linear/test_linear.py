@@ -9,7 +9,7 @@ import pytest
 
 from nbdmap.block.device import Device
 from nbdmap.block.file import FileDisk
-from nbdmap.block.io import FLUSH, READ, WRITE, Io
+from nbdmap.block.io import FLUSH, FUA, READ, WRITE, Io
 from nbdmap.block.memory import MemoryDisk
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
@@ -122,8 +122,17 @@ class StaleReads(Broken):
                 io.data[:] = before
 
 
-@pytest.mark.parametrize("layer", [AcknowledgeWriteEarly, KeepBuffer, SwapWrites, WriteTwice, StaleReads])
+class FuaWritesTwice(Broken):
+    """A FUA write is done, and done again durably; as FileDisk did it."""
+
+    async def submit(self, io: Io, offset: int) -> None:
+        await self.below.submit(io, offset)
+        if io.flags & FUA:
+            await self.below.submit(io, offset)
+
+
+@pytest.mark.parametrize("layer", [AcknowledgeWriteEarly, KeepBuffer, SwapWrites, WriteTwice, StaleReads, FuaWritesTwice])
 async def test_a_broken_stack_is_found_out(layer: type[Broken]) -> None:
     broken = layer(jumbled(0))
-    assert await play("0 64 linear 7:0 0", [broken], 40, 5) != []
+    assert await play("0 64 linear 7:0 0", [broken], 60, 5) != []
     await broken.close()
