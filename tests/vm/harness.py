@@ -7,8 +7,8 @@
   libdevmapper makes the nodes itself (DM_DISABLE_UDEV is set).
 - Image N is /dev/vdb, /dev/vdc, ... and what the job writes to it is kept. The host's 127.0.0.1 is 10.0.2.2.
 - What is built lies in .cache/vm under a hash of all that goes into it; two processes may ask for it at once. One guest runs
-  at a time: two would share two processors and reach their time limits.
-- NBDMAP_VM_KERNEL=FILE.deb boots another kernel package than the one that linux-image-amd64 stands for.
+  at a time: more would share few processors and reach their time limits.
+- The kernel is the one of the package linux-image-amd64, or of its backport: `prepare(backports=True)`.
 """
 
 import fcntl
@@ -29,7 +29,7 @@ from tests.vm import image
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 CACHE: Final = REPOSITORY / ".cache" / "vm"
 MARK: Final = "@@@"
-COMMAND_LINE: Final = "console=ttyS0 panic=-1 mitigations=off cryptomgr.notests random.trust_cpu=on"
+COMMAND_LINE: Final = "console=ttyS0 panic=-1 oops=panic mitigations=off cryptomgr.notests random.trust_cpu=on"
 
 
 class Unavailable(Exception):
@@ -85,7 +85,7 @@ class Kernel:
         drives += [f"file={path},format=raw,if=virtio,cache=unsafe,discard=unmap" for path in images]
         return [
             *(str(qemu), "-no-user-config", "-nodefaults", "-no-reboot", "-display", "none"),
-            *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", str(memory_mib)),
+            *("-accel", "tcg,thread=multi", "-cpu", "Westmere,+rdrand", "-smp", "2", "-m", str(memory_mib)),
             *("-kernel", str(self.folder / "vmlinux"), "-initrd", str(initrd), "-append", COMMAND_LINE),
             *("-serial", f"file:{console}", "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net"),
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=output,path={output}"),
@@ -103,13 +103,13 @@ def _result(output: bytes, console: bytes, ended: str) -> Result:
     return Result(text[: found.start()], int(found[1]), messages)
 
 
-def prepare() -> Kernel:
+def prepare(*, backports: bool = False) -> Kernel:
     """The kernel and its tools, from the cache or built there; Unavailable when the machine lacks something."""
     if missing := image.missing_packages():
         raise Unavailable(f"Debian packages are missing: {' '.join(missing)}")
     CACHE.mkdir(parents=True, exist_ok=True)
     with _locked(CACHE / "build.lock"):
-        package = _kernel_package()
+        package = _kernel_package(backports)
         folder = CACHE / _fingerprint(package)
         if not folder.exists():
             with tempfile.TemporaryDirectory(prefix="building-", dir=CACHE) as scratch:
@@ -121,9 +121,9 @@ def prepare() -> Kernel:
 
 
 def _prune() -> None:
-    """Keeps the three newest builds: another checkout's tests may be running on one of them."""
+    """Keeps the four newest builds: another checkout's tests may be running on one of them."""
     builds = sorted(CACHE.glob("*/version"), key=lambda path: path.stat().st_mtime)
-    for version in builds[:-3]:
+    for version in builds[:-4]:
         shutil.rmtree(version.parent)
 
 
@@ -152,13 +152,13 @@ def _fingerprint(package: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _kernel_package() -> Path:
-    """The package file of the stock kernel: downloaded once; without a network, the newest one that was."""
-    if chosen := os.environ.get("NBDMAP_VM_KERNEL"):
-        return Path(chosen).resolve()
-    kept = sorted(CACHE.glob("linux-image-*.deb"), key=lambda path: path.stat().st_mtime)
+def _kernel_package(backports: bool) -> Path:
+    """The package file of the kernel: downloaded once; without a network, the newest one that was."""
+    folder = CACHE / ("backports" if backports else "stock")
+    folder.mkdir(exist_ok=True)
+    kept = sorted(folder.glob("linux-image-*.deb"), key=lambda path: path.stat().st_mtime)
     try:
-        return _download(kept)
+        return _download(folder, kept, _backports_options() if backports else [])
     except subprocess.CalledProcessError as error:
         if kept:
             return kept[-1]
@@ -167,29 +167,46 @@ def _kernel_package() -> Path:
         ) from error
 
 
-def _download(kept: list[Path]) -> Path:
-    name, version = _stock_kernel()
+def _backports_options() -> list[str]:
+    """What makes apt know this release's backports and nothing else, without touching the system's own lists."""
+    apt = CACHE / "apt"
+    (apt / "lists/partial").mkdir(parents=True, exist_ok=True)
+    (apt / "cache/archives/partial").mkdir(parents=True, exist_ok=True)
+    codename = re.search(r"^VERSION_CODENAME=(\w+)", Path("/etc/os-release").read_text(), re.MULTILINE)
+    keys = "/usr/share/keyrings/debian-archive-keyring.gpg"
+    suite = f"{codename[1] if codename else 'bookworm'}-backports"
+    (apt / "sources.list").write_text(f"deb [signed-by={keys}] http://deb.debian.org/debian {suite} main\n")
+    places = {
+        "Dir::Etc::sourcelist": apt / "sources.list",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::State::lists": apt / "lists",
+        "Dir::Cache": apt / "cache",
+    }
+    return [word for name, path in places.items() for word in ("-o", f"{name}={path}")]
+
+
+def _download(folder: Path, kept: list[Path], options: list[str]) -> Path:
+    name, version = _newest_kernel(options, may_update=bool(options) or os.geteuid() == 0)
     for path in kept:
         if path.name.startswith(f"{name}_{version.replace(':', '%3a')}_"):
             return path
-    with tempfile.TemporaryDirectory(prefix="download-", dir=CACHE) as scratch:
-        command = f"cd {scratch} && {image.find_program('apt-get')} -qq -o APT::Sandbox::User=root download {name}={version}"
-        image.call("sh", "-c", command)
+    with tempfile.TemporaryDirectory(prefix="download-", dir=folder) as scratch:
+        command = [*options, "-o", "APT::Sandbox::User=root", "download", f"{name}={version}"]
+        image.call("apt-get", "-qq", *command, folder=Path(scratch))
         (package,) = Path(scratch).glob("*.deb")
-        return Path(shutil.move(package, CACHE / package.name))
+        return package.rename(folder / package.name)
 
 
-def _stock_kernel() -> tuple[str, str]:
+def _newest_kernel(options: list[str], *, may_update: bool) -> tuple[str, str]:
     """Name and version of the package that linux-image-amd64 stands for, asking the archive when nothing is known of it."""
     for attempt in range(2):
-        if attempt and os.geteuid() == 0:
-            image.call("apt-get", "-qq", "update")
-        shown = subprocess.run(
-            ["apt-cache", "show", "--no-all-versions", "linux-image-amd64"], capture_output=True, text=True, check=False
-        )
+        if attempt and may_update:
+            image.call("apt-get", "-qq", *options, "-o", "APT::Sandbox::User=root", "update")
+        command = ["apt-cache", *options, "show", "--no-all-versions", "linux-image-amd64"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=False)
         if found := re.search(r"^Depends: (linux-image-\S+) \(= (\S+)\)", shown.stdout, re.MULTILINE):
             return found[1], found[2]
-    raise subprocess.CalledProcessError(1, "apt-cache show linux-image-amd64", stderr=shown.stderr)
+    raise subprocess.CalledProcessError(1, command, stderr=shown.stderr)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ HOST: Final = {
     "apt-get": "apt",
     "dpkg-deb": "dpkg",
     "depmod": "kmod",
+    "zstd": "zstd",
     "ldd": "libc-bin",
 }
 PROGRAMS: Final = {
@@ -43,6 +44,7 @@ PROGRAMS: Final = {
     "e2fsck": "e2fsprogs",
     "losetup": "mount",
     "blockdev": "util-linux",
+    "blkdiscard": "util-linux",
 }
 EXTRA: Final = ("/etc/mke2fs.conf", "/lib/x86_64-linux-gnu/libgcc_s.so.1")
 
@@ -63,10 +65,11 @@ def missing_packages() -> list[str]:
     return sorted({package for name, package in (HOST | PROGRAMS).items() if find_program(name) is None})
 
 
-def call(*command: str | Path) -> str:
+def call(*command: str | Path, folder: Path | None = None) -> str:
     """What the command printed; CalledProcessError has its errors when it fails."""
     words = [str(find_program(str(command[0])) or command[0]), *(str(word) for word in command[1:])]
-    return subprocess.run(words, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    done = subprocess.run(words, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=folder)
+    return done.stdout
 
 
 # The kernel
@@ -77,10 +80,17 @@ def unpack_kernel(image: Path, vmlinux: Path) -> None:
     data = image.read_bytes()
     setup_sectors = data[0x1F1] or 4
     start, length = struct.unpack_from("<II", data, 0x248)
-    payload = data[(setup_sectors + 1) * 512 + start :][:length]
-    if payload[:6] != b"\xfd7zXZ\0":
-        raise RuntimeError(f"{image}: the kernel is packed with something else than XZ: {payload[:6]!r}")
-    vmlinux.write_bytes(lzma.LZMADecompressor().decompress(payload))
+    vmlinux.write_bytes(unpack(data[(setup_sectors + 1) * 512 + start :][:length]))
+
+
+def unpack(data: bytes) -> bytes:
+    """What was packed with XZ (Debian 12) or Zstandard (13), or is not packed; what follows a bzImage's is dropped."""
+    if data.startswith(b"\xfd7zXZ\0"):
+        return lzma.LZMADecompressor().decompress(data)
+    if data.startswith(b"\x28\xb5\x2f\xfd"):
+        done = subprocess.run([str(find_program("zstd")), "-dcq"], input=data, capture_output=True, check=False)
+        return done.stdout    # the length of the kernel follows, which is not Zstandard
+    return data
 
 
 class Modules:
@@ -88,7 +98,11 @@ class Modules:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._paths = {_module_name(path): path for path in sorted(folder.glob("kernel/**/*.ko"))}
+        self._paths = {_module_name(path): path for path in sorted(folder.glob("kernel/**/*.ko*"))}
+
+    def read(self, path: Path) -> bytes:
+        """The module at the path that `matching` gave, unpacked."""
+        return unpack((self._folder / path).read_bytes())
 
     def matching(self, patterns: Iterable[str]) -> list[Path]:
         """Paths below the folder of the modules that match and all they need, each behind what it needs."""
@@ -96,7 +110,7 @@ class Modules:
         for pattern in patterns:
             for name, path in self._paths.items():
                 relative = path.relative_to(self._folder)
-                subject = str(relative) if "/" in pattern else path.stem
+                subject = str(relative) if "/" in pattern else path.name.partition(".")[0]
                 if fnmatch.fnmatchcase(subject, pattern):
                     self._visit(name, ordered)
         return list(ordered.values())
@@ -105,14 +119,14 @@ class Modules:
         if name in ordered or name not in self._paths:    # a dependency that is built in has no file
             return
         path = self._paths[name]
-        depends = re.search(rb"\0depends=([^\0]*)\0", path.read_bytes())
+        depends = re.search(rb"\0depends=([^\0]*)\0", unpack(path.read_bytes()))
         for other in depends[1].decode().split(",") if depends else []:
             self._visit(other.replace("-", "_"), ordered)
         ordered[name] = path.relative_to(self._folder)
 
 
 def _module_name(path: Path) -> str:
-    return path.stem.replace("-", "_")
+    return path.name.partition(".")[0].replace("-", "_")
 
 
 # The archives and the disk
@@ -136,15 +150,16 @@ def cpio(files: Mapping[str, bytes | Path], *, folders: Iterable[str] = (), link
 
 def build_boot_archive(modules_folder: Path, archive: Path) -> None:
     """What is needed before the tools image can be mounted."""
-    modules = Modules(modules_folder).matching(BOOT_MODULES)
+    modules = Modules(modules_folder)
+    paths = modules.matching(BOOT_MODULES)
     busybox = find_program("busybox")
     assert busybox is not None
-    files: dict[str, bytes | Path] = {f"modules/{path.name}": modules_folder / path for path in modules}
+    files: dict[str, bytes | Path] = {f"modules/{path.name}": modules.read(path) for path in paths}
     files |= {library.lstrip("/"): Path(library) for library in libraries([busybox])}
     files |= {
         "bin/busybox": busybox,
         "init": HERE / "boot.sh",
-        "boot.modules": "".join(f"/modules/{path.name}\n" for path in modules).encode(),
+        "boot.modules": "".join(f"/modules/{path.name}\n" for path in paths).encode(),
     }
     folders = {str(parent) for name in files for parent in Path(name).parents if str(parent) != "."}
     folders |= {"proc", "sys", "dev", "root"}
@@ -163,9 +178,10 @@ def build_tools_image(modules_folder: Path, root: Path, image: Path) -> None:
         (root / script).chmod(0o755)
     (root / "etc/mtab").symlink_to("/proc/mounts")
     target = root / "lib/modules" / modules_folder.name
-    for path in Modules(modules_folder).matching(MODULES):
+    modules = Modules(modules_folder)
+    for path in modules.matching(MODULES):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(modules_folder / path, target / path)
+        (target / path).with_name(path.name.removesuffix(".xz")).write_bytes(modules.read(path))
     for listing in modules_folder.glob("modules.[bo]*"):
         shutil.copy(listing, target)
     call("depmod", "-b", root, modules_folder.name)

@@ -6,6 +6,7 @@ section() { printf '\n@@@section %s\n' "$1"; }
 # Debian's busybox shell prefers its own applets, which know fewer options.
 losetup() { /bin/losetup "$@"; }
 blockdev() { /bin/blockdev "$@"; }
+blkdiscard() { /bin/blkdiscard "$@"; }
 
 # disk LOOP BYTES [losetup option...]: a sparse file of that size as /dev/LOOP.
 disk() {

@@ -1,12 +1,13 @@
-"""Records tests/golden: runs the commands of every transcript in Debian's kernel and writes down what it answered.
+"""Records tests/golden/dmsetup: runs the commands of every transcript in a kernel and writes down what it answered.
 
-    .venv/bin/python -m tests.vm.transcripts [FILE...]      # all files of tests/golden/dmsetup without an argument
-    .venv/bin/python -m tests.vm.transcripts --check        # writes nothing; status 1 when a file would change
+    .venv/bin/python -m tests.vm.transcripts [FILE...]      # all of them without an argument
 
-A transcript is its own script: its commands are kept, its answers replaced. The format is described in
-tests/golden/dmsetup/README.md; `parse` reads it for the tests that replay transcripts, too.
+A transcript is its own script: its commands are kept, its answers replaced. They are those of Debian 12's stock kernel, 6.1.
+What its backport, 6.12, answers otherwise is kept as linux-6.12.diff: where they differ, nbdmap follows 6.12.
+The format is described in tests/golden/dmsetup/README.md; `parse` reads it for the tests that replay transcripts, too.
 """
 
+import difflib
 import re
 import shlex
 import sys
@@ -27,13 +28,14 @@ LINE_KINDS: Final = frozenset("#$+<=&%>!~?")
 
 PRELUDE: Final = """
 modprobe loop max_loop=8; modprobe dm-zero
-disk loop0 67108864; disk loop1 67108864; disk loop2 67108864; disk loop3 67108864
-disk loop4 1048576; disk loop5 67108864 --read-only; disk loop6 67108864 --sector-size 4096; disk loop7 1049088
-for file in /sys/block/loop*/queue/read_ahead_kb; do echo 128 >$file; done
-
+disks() {
+  for n in 0 1 2 3; do disk loop$n 67108864; done
+  disk loop4 1048576; disk loop5 67108864 --read-only; disk loop6 67108864 --sector-size 4096; disk loop7 1049088
+  for file in /sys/block/loop*/queue/read_ahead_kb; do echo 128 >$file; done
+}
 hold() { _file=/dev/mapper/$1; sleep 1000 <$_file & echo $! >/run/holder-$1; usleep 200000; }
 release() { kill "$(cat /run/holder-$1)"; rm /run/holder-$1; usleep 200000; }
-log() { dmesg -c | sed -n 's/^\\[[^]]*\\] \\(device-mapper: \\|Buffer I\\/O error\\|dm-\\)/\\1/p'; }
+log() { dmesg -c | sed -n 's/^\\[[^]]*\\] \\(device-mapper: \\|dm-\\)/\\1/p'; }
 record() {
   sh -c '. /job.sh; . /run/command' </run/input >/run/out 2>/run/err; _status=$?
   printf '\\n@@@step\\n'; cat /run/out; printf '\\n@@@err\\n'; cat /run/err; printf '\\n@@@log\\n'; log
@@ -42,8 +44,8 @@ record() {
 }
 clean() {
   for file in /run/holder-*; do [ -e $file ] && kill "$(cat $file)" && rm $file; done
-  wait; log >/dev/null; dmsetup remove_all --force >/dev/null 2>&1; dmsetup remove_all --force >/dev/null 2>&1
-  printf '\\n@@@left %s\\n' "$(dmsetup info)"; log >/dev/null
+  wait; dmsetup remove_all --force >/dev/null 2>&1; dmsetup remove_all --force >/dev/null 2>&1
+  printf '\\n@@@left %s\\n' "$(dmsetup info)"; losetup -D; rm /tmp/loop*.img; log >/dev/null
 }
 _meanwhile=; dmsetup version >/dev/null; log >/dev/null
 """
@@ -131,9 +133,9 @@ def _script(step: Step) -> str:
 def record(kernel: Kernel, files: Sequence[str]) -> list[str]:
     """The same transcripts with what the kernel answered."""
     parsed = [parse(text) for text in files]
-    job = PRELUDE + "".join(
-        f"section {number}\n" + "".join(map(_script, steps)) + "clean\n" for number, (steps, _) in enumerate(parsed)
-    )
+    job = PRELUDE
+    for number, (steps, _) in enumerate(parsed):
+        job += f"section {number}\ndisks; log >/dev/null\n{''.join(map(_script, steps))}clean\n"
     sections = kernel.run(job, seconds=900).sections()
     recorded: list[str] = []
     for number, (steps, comments) in enumerate(parsed):
@@ -153,25 +155,40 @@ def _answered(steps: Sequence[Step], section: str) -> list[Step]:
             out, err, log, status = next(answers)
             for command, name, pattern_of_text in ABRIDGED:
                 err = err if step.text == command else pattern_of_text.sub(f"{name}\n", err)
+            if int(status) > 127:
+                raise RuntimeError(f"{step.text}: ended by signal {int(status) - 128}; record again")
             step = replace(step, stdout=out, stderr=err, kernel_log=log.splitlines(), status=int(status))
         done.append(step)
     return done
 
 
-def main(arguments: Sequence[str]) -> int:
-    check = "--check" in arguments
-    named = [Path(word) for word in arguments if word != "--check"]
-    paths = named or sorted(GOLDEN.rglob("*.txt"))
-    before = [path.read_text() for path in paths]
-    changed = False
-    for path, old, new in zip(paths, before, record(prepare(), before), strict=True):
-        if old != new:
-            changed = True
-            print(f"{path}: {'differs' if check else 'recorded'}")
-            if not check:
-                path.write_text(new)
-    return int(check and changed)
+def differences(recorded: dict[str, str], otherwise: dict[str, str]) -> str:
+    """What the other kernel answers differently, as `diff -u` would print it."""
+    lines: list[str] = []
+    for name, text in recorded.items():
+        before, after = text.splitlines(keepends=True), otherwise[name].splitlines(keepends=True)
+        lines += difflib.unified_diff(before, after, f"6.1/{name}", f"6.12/{name}", n=2)
+    return "".join(lines)
+
+
+def read_all() -> dict[str, str]:
+    """Every transcript by its path below GOLDEN."""
+    return {str(path.relative_to(GOLDEN)): path.read_text() for path in sorted(GOLDEN.rglob("*.txt"))}
+
+
+def record_all(kernel: Kernel, files: dict[str, str]) -> dict[str, str]:
+    return dict(zip(files, record(kernel, list(files.values())), strict=True))
+
+
+def main(arguments: Sequence[str]) -> None:
+    named = {str(Path(word).resolve().relative_to(GOLDEN)) for word in arguments}
+    stock, backport = prepare(), prepare(backports=True)
+    chosen = {name: text for name, text in read_all().items() if not named or name in named}
+    for name, text in record_all(stock, chosen).items():
+        (GOLDEN / name).write_text(text)
+    files = read_all()
+    (GOLDEN / "linux-6.12.diff").write_text(differences(files, record_all(backport, files)))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
