@@ -218,6 +218,10 @@ class Client:
 @pytest.fixture(autouse=True)
 async def closed_at_the_end() -> AsyncIterator[None]:
     yield
+    await clean()
+
+
+async def clean() -> None:
     for client in Client.made:
         client.writer.transport.abort()
     for one in Site.made:
@@ -381,6 +385,22 @@ async def test_more_than_fits_behind_the_handshake(certificates: Path, size: int
     assert await client.is_over()
     other = await (await Client.connect(at)).starttls(trusting(certificates))
     assert await other.ask(Opt.LIST) == Rep.ACK
+
+
+def test_data_that_is_decrypted_before_start_tls_returns(certificates: Path) -> None:
+    """So it is on asyncio's own loop; uvloop holds it back until the server has heard that TLS is up."""
+
+    async def run() -> None:
+        at = await site(certificates, required=True)
+        client = await Client.connect(at)
+        await client.starttls(trusting(certificates), behind=option(Opt.GO, info("disk")) + read(1))
+        while (await client.reply())[1] != Rep.ACK:
+            pass
+        assert (await client.receive(16 + 512)).endswith(b"d")
+        await clean()
+
+    with asyncio.Runner(loop_factory=asyncio.new_event_loop) as runner:
+        runner.run(run())
 
 
 async def test_the_end_of_tls_within_the_options(certificates: Path) -> None:
