@@ -57,15 +57,24 @@ class Kernel:
     folder: Path
     version: str    # as `uname -r` prints it
 
-    def run(self, job: str, images: Sequence[Path] = (), *, seconds: float = 300, memory_mib: int = 1024) -> Result:
-        """Boots, runs the job, powers off; GuestFailed when that takes longer than `seconds`."""
+    def run(
+        self,
+        job: str,
+        images: Sequence[Path] = (),
+        *,
+        seconds: float = 300,
+        memory_mib: int = 1024,
+        processors: int = 2,    # the kernel's NBD client uses at most one connection for each
+    ) -> Result:
+        """Boots, runs the job, powers off; GuestFailed when that takes longer than `seconds`, or the kernel crashes."""
         with tempfile.TemporaryDirectory(prefix="nbdmap-vm-") as scratch, _locked(CACHE / "running.lock"):
             folder = Path(scratch)
             initrd, output, console = folder / "initrd", folder / "output", folder / "console"
             initrd.write_bytes((self.folder / "boot.cpio").read_bytes() + image.cpio({"job": job.encode() + b"\n"}))
             output.touch()
             console.touch()
-            command = self._command(initrd, output, console, images, memory_mib)
+            machine = ["-smp", str(processors), "-m", str(memory_mib)]
+            command = self._command(initrd, output, console, images, machine)
             ended = "QEMU ended"
             try:
                 done = subprocess.run(
@@ -78,14 +87,14 @@ class Kernel:
             return _result(output.read_bytes(), console.read_bytes(), ended)
 
     def _command(
-        self, initrd: Path, output: Path, console: Path, images: Sequence[Path], memory_mib: int
+        self, initrd: Path, output: Path, console: Path, images: Sequence[Path], machine: Sequence[str]
     ) -> list[str]:
         qemu = image.find_program("qemu-system-x86_64")
         drives = [f"file={self.folder / 'tools.img'},format=raw,if=virtio,readonly=on"]
         drives += [f"file={path},format=raw,if=virtio,cache=unsafe,discard=unmap" for path in images]
         return [
             *(str(qemu), "-no-user-config", "-nodefaults", "-no-reboot", "-display", "none"),
-            *("-accel", "tcg,thread=multi", "-cpu", "Westmere,+rdrand", "-smp", "2", "-m", str(memory_mib)),
+            *("-accel", "tcg,thread=multi", "-cpu", "Westmere,+rdrand", *machine),
             *("-kernel", str(self.folder / "vmlinux"), "-initrd", str(initrd), "-append", COMMAND_LINE),
             *("-serial", f"file:{console}", "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net"),
             *("-device", "virtio-serial-pci", "-chardev", f"file,id=output,path={output}"),
