@@ -92,7 +92,8 @@ def stamps(server: Server, rounds: int) -> "contextlib.AbstractContextManager[su
 
 def fio(server: Server) -> "contextlib.AbstractContextManager[subprocess.Popen[str]]":
     return load(
-        "fio", "--name=v", "--verify_state_save=0", "--ioengine=nbd", f"--uri={server.uri('disk')}", "--rw=randrw", "--bs=4k", "--iodepth=32",
+        "fio", "--name=v", "--verify_state_save=0", "--ioengine=nbd", f"--uri={server.uri('disk')}",
+        "--rw=randrw", "--bs=4k", "--iodepth=32",
         "--numjobs=4", "--thread", "--size=3m", "--offset_increment=4m", "--loops=6", "--fsync=64",
         "--verify=crc32c", "--do_verify=1", "--verify_fatal=1",
     )  # fmt: skip
