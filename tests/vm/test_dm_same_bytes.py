@@ -114,7 +114,9 @@ def test_both_directions(kernel: Kernel, tmp_path: Path) -> None:
 def without_numbers(text: str) -> list[list[str]]:
     """Table lines with the numbers of disks told by their order only: the guest's disks have others than ours."""
     order: dict[str, str] = {}
-    return [
-        [order.setdefault(word, f"disk {len(order)}") if ":" in word and not word.endswith(":") else word for word in line.split()]
-        for line in text.splitlines()
-    ]
+
+    def shown(word: str) -> str:
+        number = ":" in word and not word.endswith(":")
+        return order.setdefault(word, f"disk {len(order)}") if number else word
+
+    return [[shown(word) for word in line.split()] for line in text.splitlines()]

@@ -53,7 +53,7 @@ def test_ext4_over_the_kernels_client(kernel: Kernel, tmp_path: Path) -> None:
             section refused; nbd-client 10.0.2.2 {encrypted} /dev/nbd0 -N joined > /dev/null 2>&1 || echo refused
             section list; nbd-client -l 10.0.2.2 {plain} 2>/dev/null | grep -v Negotiation
         """
-        result = kernel.run(job)
+        result = kernel.run(job, processors=4)
         assert result.status == 0, result
         sections = result.sections()
         for name, size in (("tcp", 32 << 20), ("four", 64 << 20), ("tls", 64 << 20)):
