@@ -5,7 +5,7 @@ happen again: that is a `Deadlock`, raised where the loop was started.
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
@@ -49,9 +49,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Nobody else is there to wake it."""
 
 
-def run(main: Coroutine[Any, Any, _Result]) -> _Result:
+def run(main: Coroutine[Any, Any, _Result], make: Callable[[], VirtualLoop] = VirtualLoop) -> _Result:
     """Runs `main` to its end. Raises Deadlock, and AssertionError when `main` leaves tasks or unseen failures behind."""
-    loop = VirtualLoop()
+    loop = make()
     try:
         result = loop.run_until_complete(main)
         left = asyncio.all_tasks(loop)

@@ -5,7 +5,8 @@ from the moment it ends. (`simfile.py` has the other leaf: the real FileDisk on 
 """
 
 import asyncio
-import errno
+import math
+import os
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,15 +25,22 @@ _KINDS: Final = {WRITE: "write", DISCARD: "discard", FLUSH: "flush"}
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """How a request goes wrong: with `errno` after the share `done` of it, or (errno 0) short, which only files do."""
+    """How a request goes wrong: it is held up for `stall` seconds (inf: until `release`), then fails with `errno` after the
+    share `done` of it. With errno 0 it succeeds, or is short, which only files do."""
 
-    errno: int = errno.EIO
-    done: float = 0.0
+    errno: int = 0
+    done: float = 1.0
+    stall: float = 0.0
 
     def bytes_of(self, length: int) -> int:
         """How much is done, in whole sectors, and at least one of a short request."""
         sectors = int(length // SECTOR * self.done)
-        return max(sectors, 0 if self.errno else 1) * SECTOR
+        return max(sectors, 0 if self.errno else 1) * SECTOR if length else 0
+
+    def strike(self) -> None:
+        """Fails as a system call does, if it is to fail."""
+        if self.errno:
+            raise OSError(self.errno, os.strerror(self.errno))
 
 
 class Weather:
@@ -45,20 +53,40 @@ class Weather:
         self.rng = None if seed is None else random.Random(seed)
         self._faults = dict(faults)
         self._counts: dict[str, int] = {}
+        self._released = asyncio.Event()
 
     async def pause(self) -> None:
         """Lets time pass: usually a moment, now and then much longer, so that the order of requests is well mixed."""
         if self.rng is not None:
             await asyncio.sleep(self.rng.random() * self.rng.choice((1, 1, 1, 8)))
 
-    def fault(self, kind: str) -> Fault | None:
-        """What is to happen to the next request of this kind."""
+    async def hold_up(self, seconds: float) -> None:
+        """Waits so long, and at most until `release`."""
+        if seconds < math.inf:
+            await asyncio.sleep(seconds)
+        else:
+            await self._released.wait()
+
+    def release(self) -> None:
+        """Whatever is held up for ever goes on."""
+        self._released.set()
+
+    def fault(self, kind: str, *, waits: bool) -> Fault | None:
+        """What is to happen to the next request of this kind; `waits` says whether it can be held up."""
         number = self._counts.get(kind, 0)
         self._counts[kind] = number + 1
         return self._faults.get((kind, number))
 
 
 CALM: Final = Weather(None)
+
+
+class Failing(IoFailed):
+    """A disk's failure on purpose."""
+
+    def __init__(self, message: str, fault: Fault) -> None:
+        super().__init__(message, fault.errno)
+        self.fault = fault
 
 
 class RecordingDisk(Device):
@@ -82,21 +110,31 @@ class RecordingDisk(Device):
             raise Violation(f"{io} at {offset} is beyond the end of {self.name}")
         if io.op is READ:
             await self._weather.pause()
+            await self._meet("read")
             io.data[:] = self._bytes[offset : offset + io.length]
             return
         kind = _KINDS.get(io.op, "zero")
         data = bytes(io.data)
         entry = self._log.submit(self._index, kind, offset, io.length, data, fua=bool(io.flags & FUA))
         await self._weather.pause()
-        if data != io.data:
-            raise Violation(f"the buffer of a write of {self.name} at {offset} was changed while the write was under way")
-        if fault := self._weather.fault(kind):
-            done = fault.bytes_of(io.length)
+        try:
+            await self._meet(kind)
+        except Failing as error:
+            done = error.fault.bytes_of(io.length)
             self._store(kind, offset, data[:done], done)
             self._log.fail(entry, done)
-            raise IoFailed(f"{kind} of {self.name} fails on purpose", fault.errno or errno.EIO)
+            raise
+        if data != io.data:
+            raise Violation(f"the buffer of a write of {self.name} at {offset} was changed while the write was under way")
         self._store(kind, offset, data, io.length)
         self._log.complete(entry)
+
+    async def _meet(self, kind: str) -> None:
+        if fault := self._weather.fault(kind, waits=True):
+            if fault.stall:
+                await self._weather.hold_up(fault.stall)
+            if fault.errno:
+                raise Failing(f"{kind} of {self.name} fails on purpose", fault)
 
     def _store(self, kind: str, offset: int, data: bytes, length: int) -> None:
         if kind != "flush":

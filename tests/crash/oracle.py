@@ -26,6 +26,10 @@ class Violation(AssertionError):
     """A promise was broken."""
 
 
+class Unanswered(NbdmapError):
+    """A request got no answer so far; it may still be done at any time."""
+
+
 @dataclass(slots=True, eq=False)
 class Change:
     """One request that changes sectors from `first` on; `values` None: a discard, anything may be read."""
@@ -147,7 +151,10 @@ class Client:
         self.changes.append(change)
         for touched in range(sector, sector + count):
             self._touching[touched].append(change)
-        change.good = await self._do(io, sector * SECTOR)
+        try:
+            change.good = await self._do(io, sector * SECTOR)
+        except Unanswered:
+            return False
         change.ended = self.log.mark(f"{self.name} change {number} {'acknowledged' if change.good else 'failed'}")
         if change.good and fua:
             change.safe = change.ended
@@ -156,6 +163,10 @@ class Client:
     async def _do(self, io: Io, offset: int) -> bool:
         try:
             await self.device.submit(io, offset)
+        except Unanswered:
+            if io.op in (READ, FLUSH):
+                return False
+            raise
         except NbdmapError:
             self.failures += 1
             return False

@@ -9,8 +9,8 @@ system call is a place where it stops and lets the seeded schedule go on), the g
         disk = kernel.disk(0)
 """
 
+import asyncio
 import contextlib
-import errno
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +20,11 @@ from nbdmap.block import file as file_module
 from nbdmap.block import syscalls
 from nbdmap.block.device import Limits
 from nbdmap.block.file import INLINE_READ, SLOW_WRITE_NS, FileDisk
-from nbdmap.units import SECTOR
 from tests.crash.disks import Fault, Weather
 from tests.crash.log import Entry, WriteLog
 
 LIMITS: Final = Limits(discard=True, zero=True, fast_zero=True, cache=True)
+GOOD: Final = Fault()
 FIRST_FD: Final = 1 << 20
 """No real descriptor is as high, so a call that escapes the simulation fails with EBADF."""
 
@@ -33,6 +33,8 @@ class Worker:
     """A thread that runs one job at a time, and only while somebody is inside `advance`."""
 
     def __init__(self) -> None:
+        self.stall = 0.0
+        """How long the job is held up at the system call at which it has stopped."""
         self._go = threading.Semaphore(0)
         self._stopped = threading.Semaphore(0)
         self._job: Callable[[], None] | None = None
@@ -94,11 +96,20 @@ class SimThreads:
 
         worker = self._kernel.idle.pop() if self._kernel.idle else Worker()
         worker.start(work)
+        cancelled = None
         while True:
-            await self._kernel.weather.pause()
+            try:
+                stall, worker.stall = worker.stall, 0.0
+                await (self._kernel.weather.hold_up(stall) if stall else self._kernel.weather.pause())
+            except asyncio.CancelledError as error:
+                cancelled = error  # as with the real threads the job goes on to its end
+                worker.stall = stall
+                continue
             if worker.advance():
                 break
         self._kernel.idle.append(worker)
+        if cancelled:
+            raise cancelled
         await self._kernel.weather.pause()  # the answer comes back to the loop
         if failure:
             raise failure[0]
@@ -153,20 +164,28 @@ class SimKernel:
         self._clock += 2 * SLOW_WRITE_NS if slow else 1
         return self._clock
 
-    def _park(self) -> None:
+    def _park(self, stall: float = 0.0) -> None:
         worker = getattr(_current, "worker", None)
         if worker is not None:
+            worker.stall = stall
             worker.park()
+
+    def _meet(self, kind: str) -> Fault:
+        """Stops, perhaps for long; what happens then."""
+        self._park()
+        fault = self.weather.fault(kind, waits=hasattr(_current, "worker")) or GOOD
+        if fault.stall:
+            self._park(fault.stall)
+        return fault
 
     # --- system calls ------------------------------------------------------------------------------------------------
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int, flags: int = 0) -> int:
         """preadv2(2)"""
         (data,) = buffers
-        self._park()
-        done = len(data)
-        if fault := self.weather.fault("read"):
-            done = self._failing(fault, done)
+        fault = self._meet("read")
+        fault.strike()
+        done = fault.bytes_of(len(data))
         data[:done] = self.files[fd - FIRST_FD][offset : offset + done]
         return done
 
@@ -174,47 +193,39 @@ class SimKernel:
         """pwritev(2)"""
         (data,) = buffers
         entry = self.log.submit(fd - FIRST_FD, "write", offset, len(data), bytes(data))
-        self._park()
-        fault = self.weather.fault("write")
-        done = entry.length if fault is None else fault.bytes_of(entry.length)
+        fault = self._meet("write")
+        done = fault.bytes_of(entry.length)
         self.files[fd - FIRST_FD][offset : offset + done] = data[:done]
-        if fault and fault.errno:
-            self.log.fail(entry, done)
-            raise OSError(fault.errno, os.strerror(fault.errno))
-        self.log.complete(entry, done)
-        self._park()
+        self._end(entry, fault, done)
         return done
 
     def fdatasync(self, fd: int) -> None:
         """fdatasync(2)"""
-        self._sync(fd, 0, 0, "flush")
+        entry = self.log.submit(fd - FIRST_FD, "flush", 0, 0)
+        self._end(entry, self._meet("flush"), 0, forget=True)
 
     def sync_range(self, fd: int, offset: int, length: int) -> None:
         """syscalls.sync_range"""
-        self._sync(fd, offset, length, "range")
-
-    def _sync(self, fd: int, offset: int, length: int, kind: str) -> None:
         entry = self.log.submit(fd - FIRST_FD, "flush", offset, length)
-        self._park()
-        if fault := self.weather.fault(kind):
-            self.log.fail(entry, forget=True)
-            raise OSError(fault.errno or errno.EIO, os.strerror(fault.errno or errno.EIO))
-        self.log.complete(entry)
-        self._park()
+        self._end(entry, self._meet("range"), length, forget=True)
 
     def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """fallocate(2): holes and zeroed ranges read as zeroes."""
         assert mode & self.KEEP_SIZE
         assert mode & (self.PUNCH_HOLE | self.ZERO_RANGE)
-        entry: Entry = self.log.submit(fd - FIRST_FD, "zero", offset, length)
-        self._park()
-        fault = self.weather.fault("zero")
-        done = length if fault is None else fault.bytes_of(length)
+        entry = self.log.submit(fd - FIRST_FD, "zero", offset, length)
+        fault = self._meet("zero")
+        done = fault.bytes_of(length) if fault.errno else length
         self.files[fd - FIRST_FD][offset : offset + done] = bytes(done)
-        if fault:
-            self.log.fail(entry, done)
-            raise OSError(fault.errno or errno.EIO, os.strerror(fault.errno or errno.EIO))
-        self.log.complete(entry)
+        self._end(entry, fault, done)
+
+    def _end(self, entry: Entry, fault: Fault, done: int, *, forget: bool = False) -> None:
+        """The call ends after `done` bytes."""
+        if fault.errno:
+            self.log.fail(entry, done, forget=forget)
+        else:
+            self.log.complete(entry, done)
+        fault.strike()
         self._park()
 
     def posix_fadvise(self, fd: int, offset: int, length: int, advice: int) -> None:
@@ -222,8 +233,3 @@ class SimKernel:
 
     def close(self, fd: int) -> None:
         """close(2)"""
-
-    def _failing(self, fault: Fault, length: int) -> int:
-        if fault.errno:
-            raise OSError(fault.errno, os.strerror(fault.errno))
-        return max(SECTOR, fault.bytes_of(length))
