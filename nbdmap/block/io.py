@@ -10,7 +10,7 @@ task of its own until it has waited once, and `asyncio.timeout` or a `TaskGroup`
 """
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable
 from enum import IntEnum
 from typing import Any, Final
 
@@ -107,7 +107,7 @@ class Continued(Coroutine[Any, Any, None]):
         return self.send(None)
 
 
-async def run_all(requests: Sequence[Pending]) -> None:
+async def run_all(requests: Iterable[Pending]) -> None:
     """Runs requests side by side and ends when all of them have; then raises the first error, if any.
 
     Each is started eagerly, in order. Cancelling it cancels those that still wait, and waits for them.
@@ -136,3 +136,19 @@ async def run_all(requests: Sequence[Pending]) -> None:
         raise
     if first is not None:
         raise first
+
+
+async def to_the_end(work: Pending) -> None:
+    """Awaits `work`, such as closing a device, that must not stop half-way: a cancellation is raised when it has ended."""
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        if not task.cancelled():
+            task.exception()  # it was seen
+        raise asyncio.CancelledError
+    task.result()

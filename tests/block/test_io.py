@@ -161,7 +161,7 @@ def test_a_request_can_be_cancelled_after_it_waited(run: Run) -> None:
 
     async def main() -> None:
         pending = request()
-        task = asyncio.create_task(Continued(pending, pending.send(None)))
+        task: asyncio.Task[None] = asyncio.create_task(Continued(pending, pending.send(None)))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -183,7 +183,7 @@ def test_a_request_whose_task_is_cancelled_before_it_runs_is_told(run: Run) -> N
 
     async def main() -> None:
         pending = request()
-        task = asyncio.create_task(Continued(pending, pending.send(None)))
+        task: asyncio.Task[None] = asyncio.create_task(Continued(pending, pending.send(None)))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
