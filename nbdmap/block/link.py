@@ -14,7 +14,7 @@ import ssl
 from collections.abc import Callable
 from typing import Final, cast
 
-from nbdmap.errors import IoFailed, NbdmapError, ProtocolError, from_os_error
+from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, ProtocolError, from_os_error
 from nbdmap.nbd.client import Agreement, ClientHandshake
 from nbdmap.nbd.constants import Cmd
 from nbdmap.nbd.negotiation import State
@@ -53,6 +53,8 @@ def tls_context(uri: Uri) -> ssl.SSLContext | None:
             pass  # the server may do without
     except OSError as error:
         raise from_os_error(error, f"certificates in {directory}") from error
+    except ValueError as error:
+        raise InvalidArgument(f"certificates in {directory!r}: {error}") from error
     return context
 
 
@@ -77,6 +79,9 @@ async def open_link(uri: Uri, context: ssl.SSLContext | None, answered: Answered
         link.abort()
         foreign = isinstance(error, ssl.SSLError | socket.gaierror)  # whose errno is not Linux's
         raise IoFailed(f"{uri}: {error.strerror or error}", errno.EIO if foreign else error.errno or errno.EIO) from error
+    except ValueError as error:  # a host or a name for TLS that cannot be one, as the resolver and ssl say it
+        link.abort()
+        raise InvalidArgument(f"{uri}: {error}") from error
     except NbdmapError as error:
         link.abort()
         error.message = f"{uri}: {error.message}"
