@@ -9,7 +9,7 @@ from typing import Final
 
 from bench.measure import Result
 
-LABEL_WIDTH: Final = 270
+LABEL_WIDTH: Final = 300
 BAR_WIDTH: Final = 400
 RIGHT: Final = 60
 ROW: Final = 22

@@ -47,6 +47,11 @@ class Place:
     port: int
 
     @property
+    def admin(self) -> Path:
+        """nbdmap's admin socket."""
+        return self.socket.with_suffix(".admin")
+
+    @property
     def tls(self) -> bool:
         """Whether TLS is required."""
         return self.transport is Transport.TLS
@@ -118,8 +123,7 @@ def nbdmap_config(place: Place) -> str:
     if place.backing is Backing.STACK:
         devices = STACK.format(half=sectors // 2, whole=sectors, export=EXPORT)
     tls = f"tls: {{certificates: {place.site.certificates}}}\n" if place.tls else ""
-    admin = place.site.unique("admin.sock")
-    return f"listen: ['{where}']\nadmin: {admin}\n{tls}disks: {{back: {{{disk}}}}}\ndevices: {devices}"
+    return f"listen: ['{where}']\nadmin: {place.admin}\n{tls}disks: {{back: {{{disk}}}}}\ndevices: {devices}"
 
 
 def _nbdmap(place: Place) -> list[str]:
@@ -157,14 +161,14 @@ class Server:
         self.uri = place.uri(EXPORT)
 
 
-def _free_port() -> int:
+def new_place(site: Site, transport: Transport, backing: Backing) -> Place:
+    """A place of its own: a path, and a port that is free."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
+        return Place(site, transport, backing, site.unique("nbd.sock"), one.getsockname()[1])
 
 
-def _wait_until_up(place: Place, process: Process) -> None:
+def wait_until_up(place: Place, process: Process) -> None:
     """Returns when it accepts clients."""
     deadline = time.monotonic() + START_SECONDS
     while True:
@@ -184,7 +188,7 @@ def serving(site: Site, contestant: Contestant, transport: Transport, backing: B
     name = contestant.program
     if name != "nbdmap" and shutil.which(name) is None:
         raise Unable(f"{name} is not installed")
-    place = Place(site, transport, contestant.backing or backing, site.unique("nbd.sock"), _free_port())
+    place = new_place(site, transport, contestant.backing or backing)
     command = PROGRAMS[name](place)
     pidfile = None
     if name == "nbd-server":  # makes itself a daemon: in the foreground it serves one client only
@@ -193,5 +197,5 @@ def serving(site: Site, contestant: Contestant, transport: Transport, backing: B
     with running(
         command, site.unique(f"{name}.log"), pidfile=pidfile, environment={"PYTHONPATH": str(REPOSITORY)}
     ) as process:
-        _wait_until_up(place, process)
+        wait_until_up(place, process)
         yield Server(contestant.name, process, place)
