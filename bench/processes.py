@@ -125,6 +125,10 @@ class Process:
             end_session(number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.popen.wait(END_SECONDS)
+        for pipe in (self.popen.stdin, self.popen.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def end_session(number: int) -> None:
@@ -170,12 +174,18 @@ def running(command: Sequence[str], log: Path, **options: object) -> Iterator[Pr
 
 @contextlib.contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that every `with` ends what it started."""
+    """SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that every `with` ends what it started; once is enough."""
 
     def leave(number: int, frame: object) -> None:
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number in before:
+        signal.signal(number, leave)
     try:
         yield
     finally:

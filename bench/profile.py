@@ -12,6 +12,7 @@ import os
 import pstats
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, Final, Protocol
 
 import uvloop
 
-from bench.processes import Failed
+from bench.processes import Failed, ended_by_signals
 from bench.report import markdown_table
 from bench.site import Backing, Site, site
 from nbdmap.block.buffers import Buffers
@@ -328,10 +329,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--functions", action="store_true", help="print cProfile's view of the wake-ups, too")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="where the file that is served is made (/tmp)")
     chosen = parser.parse_args(arguments)
-    with site(chosen.directory, size=SIZE) as where:
+    with ended_by_signals(), site(chosen.directory, size=SIZE) as where:
         print(table(uvloop.run(profile(where, chosen.functions))))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -194,8 +194,6 @@ def serving(site: Site, contestant: Contestant, transport: Transport, backing: B
     if name == "nbd-server":  # makes itself a daemon: in the foreground it serves one client only
         pidfile = site.unique("pid")
         command += ["-p", str(pidfile)]
-    with running(
-        command, site.unique(f"{name}.log"), pidfile=pidfile, environment={"PYTHONPATH": str(REPOSITORY)}
-    ) as process:
+    with running(command, site.unique(f"{name}.log"), pidfile=pidfile, environment={"PYTHONPATH": str(REPOSITORY)}) as process:
         wait_until_up(place, process)
         yield Server(contestant.name, process, place)
