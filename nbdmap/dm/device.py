@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import FLUSH, Io, Op, run_all
+from nbdmap.block.io import FLUSH, Io, Op, run_all, to_the_end
 from nbdmap.dm.args import Args
 from nbdmap.dm.table import Table, TableLine
 from nbdmap.dm.target import Opener, Target
-from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError
+from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, NoSuchDevice
 
 _NO_LIMITS = Limits()
 
@@ -59,6 +59,7 @@ class MappedDevice(Device):
         self._idle: asyncio.Future[None] | None = None  # set while a suspend waits for the last request in flight
         self._event: asyncio.Future[None] | None = None  # what `wait` waits for
         self._admin = asyncio.Lock()
+        self._gone = False  # closed
 
     # --- the data path ---------------------------------------------------------------------------------------------
 
@@ -108,6 +109,7 @@ class MappedDevice(Device):
     async def load(self, lines: Sequence[TableLine], opener: Opener, read_only: bool) -> None:
         """Builds a table into the inactive slot, in place of what is there. On any error nothing has changed."""
         async with self._admin:
+            self._check_there()
             table = await Table.build(lines, self._types, opener, read_only, self.event)
             for device in table.devices:
                 if path := _path_to(device, self):
@@ -132,7 +134,13 @@ class MappedDevice(Device):
         No effect on a suspended device. If it fails or is cancelled, the device runs on as before.
         """
         async with self._admin:
+            self._check_there()
             await self._suspend(noflush)
+
+    def _check_there(self) -> None:
+        """What waited while the device was removed comes too late."""
+        if self._gone:
+            raise NoSuchDevice(f"{self.name} was removed")
 
     async def _suspend(self, noflush: bool) -> None:
         if self._gate is not None:
@@ -169,6 +177,7 @@ class MappedDevice(Device):
         Raises InvalidArgument, and leaves everything as it is, when the inactive table no longer fits the devices below.
         """
         async with self._admin:
+            self._check_there()
             table = self.inactive
             if table is not None:
                 table.check()
@@ -203,16 +212,22 @@ class MappedDevice(Device):
         return await self.live.target_at_sector(sector).message(Args(words))
 
     async def close(self) -> None:
-        """Drops both tables; the device is gone."""
+        """Drops both tables; the device is gone. A cancellation does not stop it half-way."""
+        await to_the_end(self._close())
+
+    async def _close(self) -> None:
         async with self._admin:
-            for table in (self.inactive, self.live):
-                if table is not None:
-                    await table.close()
+            self._gone = True
+            tables = [table for table in (self.inactive, self.live) if table is not None]
             self.inactive = self.live = None
             self.size = 0
             self._release()
-        self.event_number += 1
-        self._wake()
+            try:
+                for table in tables:
+                    await table.close()
+            finally:
+                self.event_number += 1
+                self._wake()
 
     # --- events ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import DISCARD, FLUSH, WRITE_ZEROES, Io, Pending, run_all
+from nbdmap.block.io import DISCARD, FLUSH, WRITE_ZEROES, Io, Pending, run_all, to_the_end
 from nbdmap.dm.args import Args, parse_number, split_words
 from nbdmap.dm.target import Opened, Opener, Spec, Target, merge_limits
 from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, Unsupported
@@ -133,7 +133,7 @@ class Table:
             table.check(lines)
             return table
         except BaseException:
-            await _release(targets, opened)
+            await to_the_end(_release(targets, opened))
             raise
 
     def check(self, lines: Sequence[TableLine] | None = None) -> None:
@@ -236,7 +236,7 @@ class Table:
 
     async def close(self) -> None:
         """Ends the targets and gives the devices back."""
-        await _release(self.targets, self._opened)
+        await to_the_end(_release(self.targets, self._opened))
 
 
 def _distinct(targets: Iterable[Target]) -> list[Device]:
