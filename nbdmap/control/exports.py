@@ -42,10 +42,19 @@ class Exports:
             raise InvalidArgument(f"an export name has at most {nbd.MAX_STRING} bytes and no NUL")
         if len(settings.description.encode()) > nbd.MAX_STRING:
             raise InvalidArgument(f"an export description has at most {nbd.MAX_STRING} bytes")
+        self._check_free(device, name)
+        self._settings[device] = settings
+
+    def check_rename(self, device: MappedDevice, name: str) -> None:
+        """Raises Busy when an export that follows its device's name would get the name of another."""
+        settings = self._settings.get(device)
+        if settings is not None and not settings.name:
+            self._check_free(device, name)
+
+    def _check_free(self, device: MappedDevice, name: str) -> None:
         for other in self._existing():
             if other is not device and self.name_of(other) == name:
                 raise Busy(f"the export name {name!r} is in use by {other.name}")
-        self._settings[device] = settings
 
     def discard(self, device: MappedDevice) -> None:
         """Ends the export of a device; clients that use it stay."""

@@ -5,7 +5,9 @@ the configuration (name or number), an NBD URI, a path of a file or block device
 shared by everyone who names it in the same mode, and closed after its last user.
 """
 
+import errno
 import itertools
+import logging
 import os
 import re
 import stat
@@ -15,6 +17,7 @@ from typing import Final
 
 from nbdmap.block.device import Device
 from nbdmap.block.file import FileDisk
+from nbdmap.block.io import to_the_end
 from nbdmap.block.memory import MemoryDisk
 from nbdmap.block.remote import RemoteDisk
 from nbdmap.control.events import Events
@@ -33,6 +36,8 @@ REMOTE_MAJOR: Final = 43
 MINORS: Final = 1 << 20
 MAX_NAME: Final = 127
 MAX_UUID: Final = 128
+
+log = logging.getLogger(__name__)
 
 _NUMBER: Final = re.compile(r"(\d{1,10}):(\d{1,10})")
 
@@ -64,7 +69,7 @@ class Mapper:
         self.reserved: frozenset[str] = frozenset()
         """Numbers that the configuration gives away: nobody gets them by chance."""
         self._opened: dict[tuple[str, bool], Device] = {}  # by path or URI and mode, for those that no name stands for
-        self._numbers: dict[str, str] = {}  # the number of each path or URI that was ever opened: it keeps it
+        self._numbers: dict[str, str] = {}  # of each path or URI that was ever to be opened: it keeps its number
 
     # --- mapped devices --------------------------------------------------------------------------------------------
 
@@ -117,7 +122,10 @@ class Mapper:
             if isinstance(error, NbdmapError):
                 error.stage = "resume" if device.inactive or device.live else "reload"
                 error.number = device.number
-            await device.close()
+            try:
+                await device.close()
+            except Exception:
+                log.exception("%s: was not closed in good order", name)
             raise
         finally:
             del self._made[name]
@@ -148,16 +156,20 @@ class Mapper:
     async def remove(self, device: MappedDevice, *, deferred: bool = False) -> bool:
         """Removes a device and says whether it is gone: with `deferred` an open one goes at its last close instead.
 
-        Raises Busy when it is open.
+        Raises Busy when it is open, and NoSuchDevice when somebody else has removed it meanwhile.
         """
+        if self.devices.get(device.name) is not device:
+            raise NoSuchDevice(f"no device {device.name!r}")
         if device.openers:
             if not deferred:
                 raise Busy(f"{device.name} is open ({device.openers} times)")
             device.deferred_remove = True
             return False
         del self.devices[device.name]
-        await device.close()
-        self.events.publish(device, "remove", {})
+        try:
+            await device.close()
+        finally:
+            self.events.publish(device, "remove", {})
         return True
 
     def rename(self, device: MappedDevice, name: str) -> None:
@@ -188,7 +200,7 @@ class Mapper:
 
     async def open(self, reference: str, read_only: bool, directory: str) -> Device:
         """One opener more for what `reference` names; as Opener.open."""
-        device = self._mapped(reference) or self._disk(reference)
+        device = self._mapped(reference) or self._disk(reference, read_only)
         if device is None:
             if _NUMBER.fullmatch(reference):
                 raise NoSuchDevice(f"no device has the number {reference}")
@@ -201,10 +213,11 @@ class Mapper:
             raise AccessRefused(f"{reference} is read-only; load the table read-only")
         return device
 
-    def _disk(self, reference: str) -> Device | None:
+    def _disk(self, reference: str, read_only: bool) -> Device | None:
         disk = self.disks.get(reference)
         if disk is None and _NUMBER.fullmatch(reference):
-            known = [*self.disks.values(), *self._opened.values()]
+            opened = sorted(self._opened.items(), key=lambda item: item[0][1] is not read_only)  # those of this mode first
+            known = [*self.disks.values(), *(one for _, one in opened)]
             return next((one for one in known if one.number == reference), None)
         return disk
 
@@ -219,8 +232,8 @@ class Mapper:
         path = Path(directory, reference)
         try:
             found = os.stat(path)
-        except OSError as error:
-            if isinstance(error, FileNotFoundError):
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) or error.errno == errno.ENOENT:  # a NUL is in no path
                 raise NotFound(f"{reference}: no mapped device, disk or file has this name") from None
             raise from_os_error(error, reference) from error
         if stat.S_ISBLK(found.st_mode):
@@ -237,16 +250,16 @@ class Mapper:
     async def _share(
         self, key: str, read_only: bool, major: int, make: Callable[[str], Awaitable[Device]]
     ) -> Device:
-        if known := self._opened.get((key, read_only)):
-            return known
-        number = self._numbers.get(key) or self.free_number(major)
-        device = await make(number)
-        if known := self._opened.get((key, read_only)):  # somebody else was quicker
-            await device.close()
-            return known
-        self._numbers[key] = number
-        self._opened[key, read_only] = device
-        return device
+        """What is open as `key` in this mode, or what `make` makes, with the number that it keeps."""
+        while (known := self._opened.get((key, read_only))) is None:
+            if key not in self._numbers:
+                self._numbers[key] = self.free_number(major)  # now: others look for a free one while this is being opened
+            device = await make(self._numbers[key])
+            if (key, read_only) not in self._opened:
+                self._opened[key, read_only] = known = device
+                break
+            await to_the_end(device.close())  # somebody else was quicker, and may have closed it meanwhile
+        return known
 
     def free_number(self, major: int) -> str:
         """The lowest major:minor that nothing here, and no real block device, has."""
@@ -270,7 +283,7 @@ class Mapper:
         for key, opened in list(self._opened.items()):
             if opened is device:
                 del self._opened[key]
-                await device.close()
+                await to_the_end(device.close())
 
     def describe_disks(self) -> dict[str, dict[str, object]]:
         """Every open disk as the entry of a configuration. One that was opened by path or URI gets a name here; what is
@@ -291,23 +304,28 @@ class Mapper:
 
         What cannot be flushed is dropped like the rest; then the first failure is raised.
         """
-        failure: NbdmapError | None = None
-        for device in self.top_down():
+        failures: list[NbdmapError] = []
+
+        async def attempt(name: str, work: Awaitable[None]) -> None:
             try:
-                if not device.suspended:
-                    await device.suspend()
-            except NbdmapError as error:
-                failure = failure or IoFailed(f"{device.name}: {error.message}", error.errno)
+                await work
+            except Exception as error:
+                number = error.errno if isinstance(error, NbdmapError) else errno.EIO
+                failures.append(IoFailed(f"{name}: {error}", number))
+
+        for device in self.top_down():
+            if not device.suspended:
+                await attempt(device.name, device.suspend())
             device.openers = 0
             device.deferred_remove = False
         for device in self.top_down():
             self.devices.pop(device.name, None)
-            await device.close()
-        for disk in self.disks.values():
-            await disk.close()
+            await attempt(device.name, device.close())
+        for name, disk in self.disks.items():
+            await attempt(name, disk.close())
         self.disks.clear()
-        if failure is not None:
-            raise failure
+        if failures:
+            raise failures[0]
 
     def top_down(self) -> list[MappedDevice]:
         """All mapped devices, each before those it stands on."""

@@ -74,17 +74,21 @@ class Verbs:
         """Removes every device that is not open, uppermost first."""
         removed = []
         for device in self._mapper.top_down():
-            if force and not deferred:
+            if force and not deferred and self._is_there(device):
                 await self._wipe(device)
-            if deferred or not device.openers:
+            if self._is_there(device) and (deferred or not device.openers):  # others may have been quicker
                 await self._mapper.remove(device, deferred=deferred)
                 removed.append(device.name)
         return {"removed": removed}
 
+    def _is_there(self, device: MappedDevice) -> bool:
+        return self._mapper.devices.get(device.name) is device
+
     async def rename(self, name: str = "", new_name: str = "", uuid: str = "") -> Data:
         """Gives a device another name; its export follows unless it has a name of its own."""
         device = self._device(name, uuid)
-        self._mapper.rename(device, check_name(new_name))
+        self._exports.check_rename(device, check_name(new_name))
+        self._mapper.rename(device, new_name)
         return self._describe(device)
 
     async def set_uuid(self, name: str, new_uuid: str) -> Data:
