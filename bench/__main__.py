@@ -3,7 +3,7 @@
     python -m bench --rows 'unix/read-*,unix/mixed' --rounds 3 --seconds 2 --json /tmp/r.json
 
 A whole run is kept in bench/results.json and bench/results.svg; a partial or quick one only where --json says. Exit status
-1 when nbdmap failed in a row, or another server did what it should be able to do.
+1 when a server failed at what it should be able to do. An interrupted run prints what it has, and keeps nothing.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bench import machine, report
-from bench.measure import measure
+from bench.measure import Result, measure
 from bench.processes import adopt_orphans, ended_by_signals, raise_descriptor_limit
 from bench.rows import Row, all_rows
 from bench.site import site
@@ -74,12 +74,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"the machine is not quiet: load {facts['load_before'][0]:.2f}", file=sys.stderr)
     adopt_orphans()
     raise_descriptor_limit()
-    results = []
+    results: list[Result] = []
     sizes = {"size": 64 * MIB, "sparse_size": 256 * MIB} if chosen.quick else {"size": 256 * MIB, "sparse_size": 4 * GIB}
-    with ended_by_signals(), site(chosen.directory, **sizes) as where:
-        for number, row in enumerate(rows, 1):
-            print(f"[{number}/{len(rows)}] {row.name}", file=sys.stderr)
-            results.append(measure(where, row, rounds, seconds))
+    try:
+        with ended_by_signals(), site(chosen.directory, **sizes) as where:
+            for number, row in enumerate(rows, 1):
+                results.append(measure(where, row, rounds, seconds))
+                print(f"[{number}/{len(rows)}] {report.short(results[-1])}", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit):
+        print(report.full(facts, options, results), end="")
+        raise
     facts["load_after"] = list(os.getloadavg())
     print(report.full(facts, options, results), end="")
     path = chosen.json or (None if chosen.quick or chosen.rows else RESULTS)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from bench.processes import Failed, Process, running
-from bench.servers import EXPORT, Server
+from bench.servers import EXPORT, Server, Unable
 from nbdmap.nbd.client import ClientHandshake
 from nbdmap.nbd.negotiation import State
 from nbdmap.units import KIB
@@ -49,6 +50,8 @@ class Job:
 
 def start_fio(server: Server, load: Load, seconds: float) -> "contextlib.AbstractContextManager[Process]":
     """fio, as a process that writes JSON to its log."""
+    if server.asks_certificate and os.geteuid() == 0:
+        raise Unable("it wants a certificate of the client, which fio's engine cannot show as root")
     site = server.place.site
     command = [
         "fio", "--name=bench", "--ioengine=nbd", f"--uri={server.uri}", f"--rw={load.work}", f"--bs={load.block}",
@@ -60,7 +63,7 @@ def start_fio(server: Server, load: Load, seconds: float) -> "contextlib.Abstrac
 
 
 def _home(server: Server) -> dict[str, str]:
-    """No certificates of this machine's user take part."""
+    """Where libnbd looks for certificates: not at those of who runs the benchmark."""
     return {"HOME": str(server.place.site.directory)}
 
 
@@ -93,6 +96,10 @@ def fio(server: Server, load: Load, seconds: float) -> list[Job]:
 def nbdcopy(server: Server, source: str, destination: str) -> float:
     """Copies, and returns how many seconds it took."""
     site = server.place.site
+    if server.place.tls:  # as long as its user is not root, libnbd finds them without being told
+        source, destination = (
+            f"{word}?tls-certificates={site.certificates}" if word == server.uri else word for word in (source, destination)
+        )
     start = time.perf_counter()
     with running(["nbdcopy", source, destination], site.unique("nbdcopy.log"), environment=_home(server)) as process:
         try:

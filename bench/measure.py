@@ -99,6 +99,8 @@ def measure(site: Site, row: Row, rounds: int, seconds: float) -> Result:
                     if row.dirties:
                         site.settle(row.backing)
                     samples[server.name].append(row.run(server, seconds))
+                except Unable as error:
+                    result.notes[server.name] = str(error)
                 except Failed as error:
                     _fail(result, server.name, error)
     for name, found in samples.items():

@@ -26,6 +26,13 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def short(result: Result) -> str:
+    """One line of one row, while the others are still measured."""
+    values = ", ".join(f"{name} {figure(outcome.value)}" for name, outcome in result.outcomes.items())
+    ratio = result.ratio(result.baseline)
+    return f"{result.name}: {values}" + (f"; x {result.baseline} {ratio:.2f} {_verdict(result)}".rstrip() if ratio else "")
+
+
 def _verdict(result: Result) -> str:
     return {True: "reached", False: "**not reached**", None: ""}[result.reached]
 

@@ -33,7 +33,7 @@ class Transport(StrEnum):
 
 
 class Unable(Exception):
-    """A server cannot take part in a row; the message says why."""
+    """A server, or a client with it, cannot take part in a row; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,10 @@ class Place:
         return self.transport is Transport.UNIX
 
     def uri(self, export: str) -> str:
-        """For libnbd. Who the server is does not matter here, only that the bytes are encrypted."""
+        """For libnbd."""
         if self.unix:
             return f"nbd+unix:///{export}?socket={self.socket}"
-        if self.tls:
-            return f"nbds://localhost:{self.port}/{export}?tls-verify-peer=false"
-        return f"nbd://127.0.0.1:{self.port}/{export}"
+        return f"nbds://localhost:{self.port}/{export}" if self.tls else f"nbd://127.0.0.1:{self.port}/{export}"
 
     @property
     def file(self) -> str:
@@ -94,9 +92,10 @@ def _qemu_nbd(place: Place) -> list[str]:
 
 
 def _nbd_server(place: Place) -> list[str]:
-    if place.tls:
-        raise Unable("nbd-server 3.24 does not survive the end of a TLS connection (its pull request 173)")
     where = f"unixsock = {place.socket}" if place.unix else f"listenaddr = 127.0.0.1\nport = {place.port}"
+    if place.tls:
+        files = {"cacertfile": "ca-cert", "certfile": "server-cert", "keyfile": "server-key"}
+        where += "\nforce_tls = true" + "".join(f"\n{key} = {place.site.certificates}/{name}.pem" for key, name in files.items())
     config = place.site.unique("nbd-server.conf")
     config.write_text(
         f"[generic]\n{where}\n[{EXPORT}]\nexportname = {place.file}\nflush = true\nfua = true\ntrim = true\nrotational = false\n"
@@ -159,6 +158,8 @@ class Server:
         self.process = process
         self.place = place
         self.uri = place.uri(EXPORT)
+        self.asks_certificate = place.tls and name == NBD_SERVER.name
+        """It lets in no client without a certificate."""
 
 
 def new_place(site: Site, transport: Transport, backing: Backing) -> Place:

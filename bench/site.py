@@ -41,8 +41,9 @@ class Site:
 
     @property
     def certificates(self) -> Path:
-        """The directory of the servers' certificates."""
-        directory = self.directory / "tls"
+        """The directory of everybody's certificates; also where libnbd looks for them, if this is the home of its user.
+        Root has no such place, and so believes every server and shows no certificate of its own."""
+        directory = self.directory / ".pki" / "libnbd"
         return directory if directory.exists() else make_certificates(directory)
 
     def unique(self, name: str) -> Path:

@@ -57,6 +57,12 @@ def test_tables() -> None:
     assert lines[-1] == "- qemu-nbd, unix/read: failed: it is ill"
 
 
+def test_one_line() -> None:
+    assert report.short(speed(299, 100, 3.0)) == "unix/read: nbdmap 299, nbdkit 100; x nbdkit 2.99 **not reached**"
+    assert report.short(speed(299, None, 3.0)) == "unix/read: nbdmap 299"
+    assert report.short(share(2)) == "unix/x: nbdmap 2.00"
+
+
 def test_what_is_kept_can_be_shown_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "r.json"
     results = [speed(299, 100, 3.0), share(2)]
