@@ -102,7 +102,7 @@ class Origin:
             number = int(match[1])
             line = self.lines[node.place.line + number - 1]
             place = Place(node.place.line + number, len(line) - len(line.lstrip()) + 1)
-        where = ".".join(map(str, path))
+        where = ".".join(step if (step := str(one)).isprintable() else repr(step) for one in path)
         return f"{self.file}:{place.line}:{place.column}: " + (f"{where}: {text}" if where else text)
 
 

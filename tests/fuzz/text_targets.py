@@ -239,7 +239,8 @@ class Rpc:
         + _call("load", name="c", table="0 16 linear d 0\n16 8 error", read_only=True) + _call("resume", name="c"),
         _call("create", name="a", table="0 8 zero") + _call("rename", name="a", new_name="b")
         + _call("message", name="b", sector=0, message="hi") + _call("suspend", name="b", noflush=True)
-        + _call("resume", name="b") + _call("wait", name="b", event=7) + _call("export", name="b", export_name="x", read_only=True, max_connections=1),
+        + _call("resume", name="b") + _call("wait", name="b", event=7)
+        + _call("export", name="b", export_name="x", read_only=True, max_connections=1),
     ]  # fmt: skip
 
     def __init__(self) -> None:
