@@ -123,7 +123,8 @@ async def test_a_write_that_ends_while_a_flush_runs_is_not_counted_as_durable(
     syncing = Gate(os.fdatasync)
     monkeypatch.setattr(os, "pwritev", writing)
     monkeypatch.setattr(os, "fdatasync", syncing)
-    big = asyncio.create_task(write(disk, 0, b"x" * MIB))  # begun before the flush
+    monkeypatch.setattr(disk, "_inline_write", 0)
+    big = asyncio.create_task(write(disk, 0, b"x" * MIB))  # begun before the flush, in a thread
     await writing.entered.wait()
     first = flush(disk)
     await syncing.entered.wait()
