@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test lint bench lock clean packages
+.PHONY: run test lint bench crash fuzz soak golden lock clean packages
 run: $(VENV)/.run                    ## serve the built-in demo on nbd://127.0.0.1:10809
 	$(BIN)/nbdmap serve
 
@@ -17,6 +17,18 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev packages         ## nbdmap beside nbdkit, qemu-nbd and nbd-server on the same file
 	$(BIN)/python -m bench
+
+crash: $(VENV)/.dev                  ## a million crash states of every scenario on both cores
+	$(BIN)/python -m tests.crash.main run --states $(or $(STATES),1000000) --jobs 2
+
+fuzz: $(VENV)/.dev                   ## make fuzz SECONDS=600
+	$(BIN)/python -m tests.fuzz $(or $(SECONDS),60)
+
+soak: $(VENV)/.dev packages          ## make soak SECONDS=600: the server killed and restarted under verified load
+	$(BIN)/python -m tests.soak $(or $(SECONDS),60)
+
+golden: $(VENV)/.dev packages        ## record dmsetup's answers on Debian's kernels again
+	$(BIN)/python -m tests.vm.transcripts
 
 packages:                            ## the Debian packages of the tests (as root; others are told what is missing)
 	tools/packages
