@@ -26,6 +26,8 @@ from nbdmap.units import KIB, MIB
 MAX_REQUESTS: Final = 64
 MAX_BYTES: Final = 64 * MIB
 MAX_UNSENT: Final = 4 * MIB
+MAX_UNSENT_TOGETHER: Final = 1024 * MIB
+"""Of all clients that do not read their replies; beyond it the one that has not read for longest is dropped."""
 MAX_BATCH: Final = 256
 BATCH_BYTES: Final = MIB
 """Replies of one wake-up are handed to the transport when they reach this size, so that it can say stop."""
@@ -60,6 +62,22 @@ class Shared:
         """The server has stopped: who was accepted in its last moment is not served."""
         self.buffers = Buffers()
         self.receive = ReceiveBuffer()
+        self._choked: dict[Connection, None] = {}  # whose replies are not read, the longest first
+
+    def choke(self, client: "Connection") -> None:
+        """A client holds more than MAX_UNSENT; the oldest of those go when all of them hold too much."""
+        self._choked[client] = None
+        held = {one: one.unsent() for one in self._choked}
+        together = sum(held.values())
+        for one in list(held):
+            if together <= MAX_UNSENT_TOGETHER:
+                break
+            together -= held[one]
+            one.drop_unread()
+
+    def unchoke(self, client: "Connection") -> None:
+        """It reads again, or is gone."""
+        self._choked.pop(client, None)
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -146,6 +164,7 @@ class Connection(asyncio.BufferedProtocol):
         self._update_stopped()
         self._deadline.cancel()
         self._clients.discard(self)
+        self._shared.unchoke(self)
         if exc is not None:
             log.debug("%s: connection lost: %s", self._peer, exc)
         self._release_when_idle()
@@ -154,10 +173,12 @@ class Connection(asyncio.BufferedProtocol):
         """The client does not read its replies: take no more requests."""
         self._choked = True
         self._update_stopped()
+        self._shared.choke(self)
 
     def resume_writing(self) -> None:
         """The client reads again."""
         self._choked = False
+        self._shared.unchoke(self)
         self._update_stopped()
         self._continue_soon()
 
@@ -407,6 +428,16 @@ class Connection(asyncio.BufferedProtocol):
         """Cancels what is in flight: it is answered with ESHUTDOWN, and the client is left."""
         for task in self._tasks:
             task.cancel()
+
+    def unsent(self) -> int:
+        """Bytes of replies that the client has not read."""
+        return self._transport.get_write_buffer_size()
+
+    def drop_unread(self) -> None:
+        """Drops the connection because too many replies are not read."""
+        log.info("%s: dropped, clients that do not read hold more than %d MiB", self._peer, MAX_UNSENT_TOGETHER // MIB)
+        self._shared.unchoke(self)
+        self.abort()
 
     def abort(self) -> None:
         """Drops the connection, whatever has not been sent."""

@@ -22,7 +22,8 @@ def main() -> int:
         result = soak(server, server.directory, words.seed, words.seconds)
     print(
         f"{result.kills} times killed, {result.writes:,} writes and {result.flushes:,} flushes answered, "
-        f"{result.compared:,} sectors compared, {result.unfinished:,} of them showed a write that no flush had covered, {len(result.lost)} were wrong"
+        f"{result.compared:,} sectors compared, {result.unfinished:,} of them showed a write that no flush had covered, "
+        f"{len(result.lost)} were wrong"
     )
     print("\n".join(result.lost[:50]))
     return 1 if result.lost else 0
