@@ -22,6 +22,8 @@ from tests.crash.log import ALL, Entry, WriteLog
 
 TORN_EXHAUSTIVE: Final = 8
 """Every mask of a last write of up to so many sectors is tried; above it Dory's masks, sectors modulo 8 and 9."""
+MANY: Final = 5
+"""All subsets of more optional entries than this, where there is effort for it, are tried at one cut in ten."""
 _IN_FLIGHT: Final = 1 << 60
 
 
@@ -57,7 +59,7 @@ class Effort:
 
 
 SHORT: Final = Effort()
-LONG: Final = Effort(random=24, subsets=10, singles=64, torn=256)
+LONG: Final = Effort(random=16, subsets=10, singles=32, torn=48)
 
 
 @lru_cache(maxsize=64)
@@ -151,7 +153,7 @@ class Cut:
             yield (one,)
             yield [other for other in everything if other != one]
         yield from self._skewed(everything)
-        if len(everything) <= effort.subsets:
+        if len(everything) <= min(effort.subsets, MANY) or (len(everything) <= effort.subsets and rng.random() < 0.1):
             for bits in product((False, True), repeat=len(everything)):
                 yield [one for one, kept in zip(everything, bits, strict=True) if kept]
         yield from self._torn(rng, effort)

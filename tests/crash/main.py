@@ -50,7 +50,7 @@ def hunt(name: str, seeds: int = PLANT_SEEDS) -> tuple[Explorer, str]:
 def explore_seeds(name: str, first: int, states: int) -> tuple[int, dict[str, int]]:
     """Explores from seed `first` on until `states` are done: the next seed, and the tally. Raises Violation."""
     logging.disable(logging.CRITICAL)
-    explorer = Explorer(scenario(name), LONG, cuts=60, nest=200, nested_cuts=6)
+    explorer = Explorer(scenario(name), LONG, cuts=60, nest=2000, nested_cuts=5)
     seed = first
     while explorer.tally.states < states:
         explorer.explore(seed)
