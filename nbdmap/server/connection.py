@@ -28,7 +28,9 @@ MAX_BYTES: Final = 64 * MIB
 MAX_UNSENT: Final = 4 * MIB
 MAX_UNSENT_TOGETHER: Final = 1024 * MIB
 """Of all clients that do not read their replies; beyond it the one that has not read for longest is dropped."""
-MAX_BATCH: Final = 256
+MAX_BATCH: Final = 64
+TURN_BYTES: Final = 512 * KIB
+"""Received from one client; then the others have their turn, however fast it sends."""
 BATCH_BYTES: Final = MIB
 """Replies of one wake-up are handed to the transport when they reach this size, so that it can say stop."""
 HANDSHAKE_SECONDS: Final = 10.0
@@ -109,6 +111,7 @@ class Connection(asyncio.BufferedProtocol):
         self._stopped = False  # nothing more is taken for now, for one of the reasons below
         self._choked = False  # the transport holds more than MAX_UNSENT
         self._reading = True
+        self._turn = 0  # bytes received since the others had theirs
         self._more_due = False
         self._eof = False
         self._ending = False  # no more requests are taken; closes when the last is answered
@@ -139,6 +142,9 @@ class Connection(asyncio.BufferedProtocol):
         """Bytes have come."""
         if self._reader is not None:
             self._reader.advance(nbytes)
+            self._turn += nbytes
+            if self._turn >= TURN_BYTES:
+                self._continue_soon()
             self._serve()
         elif self._tls_running and self._handshake.state is State.STARTING_TLS:
             self._gated += nbytes
@@ -353,6 +359,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _continue(self) -> None:
         self._more_due = False
+        self._turn = 0
         self._flush_out()
         if self._reader is not None and not self._ending:
             self._serve()
@@ -361,7 +368,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _throttle(self) -> None:
         """Receives only while what arrives could be started."""
-        want = not self._stopped
+        want = not self._stopped and self._turn < TURN_BYTES
         if want is not self._reading and not self._lost:
             self._reading = want
             if want:

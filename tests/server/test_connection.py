@@ -2,6 +2,7 @@
 
 import asyncio
 import struct
+from collections.abc import Callable
 
 import pytest
 
@@ -15,6 +16,17 @@ from tests.support.nbd import Client, serving
 
 STRUCTURED = [Opt.STRUCTURED_REPLY]
 STATUS = [Opt.STRUCTURED_REPLY, Opt.SET_META_CONTEXT]
+
+
+class Noting:
+    """A transport whose `pause_reading` is noted."""
+
+    def __init__(self, transport: asyncio.Transport, pause: Callable[[], None]) -> None:
+        self._transport = transport
+        self.pause_reading = pause
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._transport, name)
 
 
 async def ready(path: str, options: list[Opt] | None = None, name: str = "") -> Client:
@@ -188,6 +200,30 @@ async def test_many_requests_do_not_keep_others_waiting(monkeypatch: pytest.Monk
             client.ask(Cmd.FLUSH, cookie)
         assert [(await client.simple())[1] for _ in range(9)] == list(range(9))
         client.close()
+
+
+async def test_a_client_that_sends_much_gives_others_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "TURN_BYTES", 4 << 10)
+    async with serving() as stack:
+        await stack.add("a", "0 8192 zero")
+        greedy, other = await ready(stack.socket), await ready(stack.socket)
+        paused: list[int] = []
+        (one, two) = stack.listener.clients
+        for client in (one, two):
+            transport = client._transport
+
+            def pause(transport: asyncio.Transport = transport, real: Callable[[], None] = transport.pause_reading) -> None:
+                paused.append(id(transport))
+                real()
+
+            monkeypatch.setattr(client, "_transport", Noting(transport, pause))
+        for cookie in range(4):
+            greedy.ask(Cmd.WRITE, cookie, 0, 1 << 20, payload=bytes(1 << 20))
+        other.ask(Cmd.READ, 9, 0, 512)
+        assert (await other.simple(512))[0] == 0
+        assert [(await greedy.simple())[1] for _ in range(4)] == [0, 1, 2, 3]
+        assert len(paused) > 4
+        assert len(set(paused)) == 1
 
 
 async def test_half_close_still_answers_everything() -> None:
