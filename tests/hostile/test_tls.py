@@ -111,6 +111,26 @@ def test_n11_plaintext_behind_starttls_is_never_obeyed(site: Site, behind: bytes
         assert said in (b"", nbd.OPTION_REPLY.pack(nbd.REPLY_MAGIC, Opt.STARTTLS, Rep.ACK, 0))
 
 
+INJECTED_IN_CLEAR: Final = [option(Opt.LIST), option(Opt.GO, info("ram")), option(Opt.LIST)[:9]]
+
+
+@pytest.mark.parametrize("behind", INJECTED_IN_CLEAR, ids=["list", "go", "half"])
+def test_n11_plaintext_is_not_obeyed_once_tls_is_up(site: Site, behind: bytes) -> None:
+    """N11, CVE-2021-3716: injected behind STARTTLS by somebody between, whose victim then makes TLS: the server closes, or has
+    forgotten it; the first answer within TLS is that to the first question within TLS."""
+    with Raw(tcp(site.server)) as client:
+        client.greet()
+        client.send(option(Opt.STARTTLS) + behind)
+        try:
+            client.exactly(20)
+            client.socket = site.context(client=site.certificates).wrap_socket(client.socket, server_hostname="localhost")
+            client.socket.sendall(option(Opt.ABORT))
+            said = client.rest()
+        except (ssl.SSLError, ConnectionError, AssertionError):
+            return
+        assert said in (b"", nbd.OPTION_REPLY.pack(nbd.REPLY_MAGIC, Opt.ABORT, Rep.ACK, 0))
+
+
 @ONLY_REQUIRED
 def test_n11_options_before_tls_with_tls_required(site: Site) -> None:
     """N11: nothing but STARTTLS and ABORT is done in clear; all else gets one and the same answer."""
