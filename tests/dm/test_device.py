@@ -9,7 +9,7 @@ from nbdmap.block.io import READ, WRITE, Io
 from nbdmap.dm.args import Args
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
-from nbdmap.errors import InvalidArgument, IoFailed
+from nbdmap.errors import InvalidArgument, IoFailed, NoSuchDevice
 from nbdmap.targets import TARGETS
 from nbdmap.targets.linear import Linear
 from tests.support.disks import FakeDisk, FakeOpener, Uevents, eio, mapped, read, write
@@ -356,3 +356,14 @@ async def test_suspend_over_a_suspended_device_does_not_hang() -> None:
     await upper.suspend()
     assert first.log == []
     assert [entry[0] for entry in second.log] == ["flush", "flush"]
+
+
+async def test_what_waited_for_a_removed_device_comes_too_late() -> None:
+    disk = FakeDisk("7:0")
+    device = await mapped("d", "0 8 linear 7:0 0", disk)
+    await device.close()
+    opener = FakeOpener(disk)
+    for late in (device.load(parse_table("0 8 linear 7:0 0"), opener, False), device.suspend(), device.resume()):
+        with pytest.raises(NoSuchDevice, match="d was removed"):
+            await late
+    assert disk.openers == 0
