@@ -32,9 +32,10 @@ from nbdmap.control.verbs import Verbs
 from nbdmap.nbd import constants as nbd
 from nbdmap.nbd.handshake import Session, TlsMode
 from nbdmap.nbd.transmission import Replies, RequestReader
-from nbdmap.server.connection import Connection, Shared
+from nbdmap.server.connection import Connection
 from nbdmap.server.door import Door
 from nbdmap.server.serving import Serving
+from nbdmap.server.shared import Shared
 from nbdmap.targets import TARGETS
 from nbdmap.units import KIB, MIB, SECTOR
 

@@ -10,24 +10,22 @@ import asyncio
 import logging
 import ssl
 from functools import partial
-from typing import Final, Protocol, cast
+from typing import Final, cast
 
-from nbdmap.block.buffers import Buffers
 from nbdmap.block.device import Device
 from nbdmap.block.io import Continued, Pending
 from nbdmap.errors import NbdmapError, ProtocolError
 from nbdmap.nbd.constants import CMD_FLAG_FAST_ZERO, Cmd, Error
-from nbdmap.nbd.handshake import Exports, ServerHandshake, State, TlsMode
-from nbdmap.nbd.transmission import ReceiveBuffer, Request, RequestReader, wire_error
+from nbdmap.nbd.handshake import ServerHandshake, State, TlsMode
+from nbdmap.nbd.transmission import Request, RequestReader, wire_error
 from nbdmap.server.door import Door
 from nbdmap.server.serving import Reply, Serving
+from nbdmap.server.shared import MAX_UNSENT_TOGETHER, DeviceExports, Shared
 from nbdmap.units import KIB, MIB
 
 MAX_REQUESTS: Final = 64
 MAX_BYTES: Final = 64 * MIB
 MAX_UNSENT: Final = 4 * MIB
-MAX_UNSENT_TOGETHER: Final = 1024 * MIB
-"""Of all clients that do not read their replies; beyond it the one that has not read for longest is dropped."""
 MAX_BATCH: Final = 64
 TURN_BYTES: Final = 512 * KIB
 """Received from one client; then the others have their turn, however fast it sends."""
@@ -41,45 +39,6 @@ _WRITE: Final = int(Cmd.WRITE)
 _DISC: Final = int(Cmd.DISC)
 
 log = logging.getLogger(__name__)
-
-
-class DeviceExports(Exports, Protocol):
-    """What the server serves: exports to negotiate, and the devices behind them."""
-
-    def open(self, name: str) -> Device:
-        """The device of the export with this canonical name, one opener more. Raises NotFound or Busy."""
-        ...
-
-    async def release(self, device: Device) -> None:
-        """Takes back one `open`."""
-        ...
-
-
-class Shared:
-    """What all clients of one server share: the set of them, and memory, which an idle client needs none of."""
-
-    def __init__(self) -> None:
-        self.clients: set[Connection] = set()
-        self.closed = False
-        """The server has stopped: who was accepted in its last moment is not served."""
-        self.buffers = Buffers()
-        self.receive = ReceiveBuffer()
-        self._choked: dict[Connection, None] = {}  # whose replies are not read, the longest first
-
-    def choke(self, client: "Connection") -> None:
-        """A client holds more than MAX_UNSENT; the oldest of those go when all of them hold too much."""
-        self._choked[client] = None
-        held = {one: one.unsent() for one in self._choked}
-        together = sum(held.values())
-        for one in list(held):
-            if together <= MAX_UNSENT_TOGETHER:
-                break
-            together -= held[one]
-            one.drop_unread()
-
-    def unchoke(self, client: "Connection") -> None:
-        """It reads again, or is gone."""
-        self._choked.pop(client, None)
 
 
 class Connection(asyncio.BufferedProtocol):

@@ -18,7 +18,8 @@ from typing import Final
 from nbdmap.errors import InvalidArgument, IoFailed, from_os_error
 from nbdmap.nbd.handshake import TlsMode
 from nbdmap.nbd.uri import Uri
-from nbdmap.server.connection import Connection, DeviceExports, Shared
+from nbdmap.server.connection import Connection
+from nbdmap.server.shared import DeviceExports, Shared
 
 BACKLOG: Final = 1024
 KEEPALIVE_SECONDS: Final = 120

@@ -12,7 +12,8 @@ from nbdmap.nbd.client import Agreement, ClientHandshake
 from nbdmap.nbd.constants import Cmd, Info, Opt, Rep
 from nbdmap.nbd.handshake import MAX_PIPELINED_OUTPUT, Export, ServerHandshake, State, TlsMode
 from nbdmap.nbd.replies import ReplyReader, Request
-from nbdmap.server.connection import Connection, Shared
+from nbdmap.server.connection import Connection
+from nbdmap.server.shared import Shared
 from tests.fuzz.mutate import Pieces
 from tests.support import chunks
 from tests.support.handshake import BOTH, FIXED, FakeExports, info, option, query, replies

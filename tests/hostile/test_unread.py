@@ -7,7 +7,7 @@ import pytest
 
 from nbdmap.nbd import constants as nbd
 from nbdmap.nbd.constants import Cmd
-from nbdmap.server import connection
+from nbdmap.server import shared
 from tests.support.nbd import Client, Stack, serving
 
 MIB = 1 << 20
@@ -37,7 +37,7 @@ def held(stack: Stack) -> int:
 
 async def test_n9_replies_that_nobody_reads_are_bounded_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """N9: 20 clients read nothing: the oldest are dropped, those that came last and a good one stay."""
-    monkeypatch.setattr(connection, "MAX_UNSENT_TOGETHER", TOGETHER)
+    monkeypatch.setattr(shared, "MAX_UNSENT_TOGETHER", TOGETHER)
     async with serving() as stack:
         await stack.add("zero", f"0 {1 << 20} zero")
         good = await (await Client.connect(stack.socket)).greet()
@@ -70,7 +70,7 @@ def nobody_is_choked(stack: Stack) -> bool:
 
 async def test_n9_who_reads_again_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow client that reads between its requests does not add up."""
-    monkeypatch.setattr(connection, "MAX_UNSENT_TOGETHER", TOGETHER)
+    monkeypatch.setattr(shared, "MAX_UNSENT_TOGETHER", TOGETHER)
     async with serving() as stack:
         await stack.add("zero", f"0 {1 << 20} zero")
         slow = await (await Client.connect(stack.socket)).greet()
