@@ -5,8 +5,8 @@
 
 Invariants: the first target starts at 0, each starts where the one before ends, and every device below is long enough
 and aligned. A request is cut at target borders and its pieces run side by side; a flush goes once to every distinct
-device below; discard and write-zeroes are offered only when every target and device can. Rules and errnos are those
-of the kernel's dm-table.c.
+device below, or to the targets that take flushes themselves; discard and write-zeroes are offered only when every target
+and device can. Rules and errnos are those of the kernel's dm-table.c.
 """
 
 from bisect import bisect_right
@@ -95,7 +95,9 @@ class Table:
         self.devices = _distinct(targets)
         """The distinct devices below, in the order of the table."""
         self.flushed = _distinct(target for target in targets if target.flushed)
-        """Those that a flush must reach."""
+        """Those that a flush must reach, and that a suspend flushes."""
+        self._flush_directly = _distinct(target for target in targets if target.flushed and not target.takes_flush)
+        self._flush_through = [target for target in targets if target.takes_flush]
         self._only = targets[0] if len(targets) == 1 else None
         self._opened = opened
         self._starts = [target.begin for target in targets]
@@ -200,9 +202,13 @@ class Table:
         return pieces
 
     def _flush(self, io: Io) -> Pending:
-        if len(self.flushed) == 1:
-            return self.flushed[0].submit(io, 0)
-        return run_all([device.submit(io, 0) for device in self.flushed])
+        devices, targets = self._flush_directly, self._flush_through
+        if len(devices) == 1 and not targets:
+            return devices[0].submit(io, 0)
+        if self._only is not None and targets:
+            return self._only.submit(io, 0)
+        flushes = [device.submit(io, 0) for device in devices]
+        return run_all(flushes + [target.submit(io, target.begin) for target in targets])
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As Device.extents: neighbours of one kind are merged, at most MAX_EXTENTS are returned."""

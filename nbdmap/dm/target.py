@@ -79,6 +79,8 @@ class Target:
     version: ClassVar[tuple[int, int, int]]
     flushed: ClassVar[bool] = True
     """Whether a flush of the mapped device must reach the devices below this target."""
+    takes_flush: ClassVar[bool] = False
+    """Whether that flush comes to `submit`, with the target's begin as offset, instead of going straight to those devices."""
 
     def __init__(self, spec: Spec) -> None:
         self.begin = spec.begin
@@ -91,7 +93,8 @@ class Target:
         raise NotImplementedError
 
     def submit(self, io: Io, offset: int) -> Pending:
-        """Does `io`, which lies inside the target. Never called with FLUSH: that goes to the devices below."""
+        """Does `io`, which lies inside the target. FLUSH only comes where `takes_flush` is set; then the target flushes
+        its devices itself."""
         raise NotImplementedError
 
     async def extents(self, offset: int, length: int) -> list[Extent]:

@@ -6,7 +6,7 @@ from nbdmap.block.device import HOLE, ZERO, Limits
 from nbdmap.block.io import CACHE, DISCARD, FLUSH, FUA, WRITE_ZEROES, Io
 from nbdmap.dm import table as table_module
 from nbdmap.dm.args import Args
-from nbdmap.dm.table import TableLine, TargetLine, parse_table
+from nbdmap.dm.table import Table, TableLine, TargetLine, parse_table
 from nbdmap.dm.target import Opened, Spec
 from nbdmap.errors import InvalidArgument, IoFailed, NotFound, Unsupported
 from nbdmap.targets import TARGETS
@@ -135,6 +135,34 @@ async def test_flush_reaches_every_device_once() -> None:
     await single.submit(Io(FLUSH, 0), 0)
     assert third.log == [("flush", 0, 0, 0)]
     await (await build("0 8 zero")).submit(Io(FLUSH, 0), 0)
+
+
+async def test_targets_that_take_flushes_are_given_them() -> None:
+    class Taking(Linear):
+        """Passes a flush on twice."""
+
+        takes_flush = True
+
+        async def submit(self, io: Io, offset: int) -> None:
+            assert (io.op, offset) == (FLUSH, self.begin)
+            for _ in range(2):
+                await self._device.submit(io, 0)
+
+    first, second = FakeDisk("7:0"), FakeDisk("7:1")
+    types = {**TARGETS, "linear2": Taking}
+
+    async def flushed(text: str) -> list[int]:
+        table = await Table.build(parse_table(text), types, FakeOpener(first, second), False, lambda: None)
+        await table.submit(Io(FLUSH, 0), 0)
+        logs = [len(disk.log) for disk in (first, second)]
+        assert table.flushed == [first, second][: len(table.devices)]
+        first.log.clear()
+        second.log.clear()
+        return logs
+
+    assert await flushed("0 8 linear2 7:0 0") == [2, 0]
+    assert await flushed("0 8 linear 7:0 0\n8 8 linear2 7:1 0") == [1, 2]
+    assert await flushed("0 8 linear2 7:0 0\n8 8 linear2 7:1 0\n16 8 linear 7:1 8") == [2, 3]
 
 
 async def test_discard_and_zeroes_only_where_all_can() -> None:
