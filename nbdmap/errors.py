@@ -83,6 +83,12 @@ class CorruptMetadata(NbdmapError):
     errno = _errno.EILSEQ
 
 
+class OutOfSpace(NbdmapError):
+    """A device or a space map has no free block left."""
+
+    errno = _errno.ENOSPC
+
+
 def from_os_error(error: OSError, what: str) -> IoFailed:
     """Translates an OSError met while doing `what` ("read of /srv/a.img at 4096") and keeps its errno."""
     return IoFailed(f"{what}: {error.strerror or error}", error.errno or _errno.EIO)
