@@ -32,7 +32,20 @@ from nbdmap.block.device import Device, Extent, Limits
 from nbdmap.block.direct import BounceBuffers
 from nbdmap.block.file_extents import GRANULE, KnownData, Run, find_extents
 from nbdmap.block.file_open import open_file
-from nbdmap.block.io import CACHE, DISCARD, FAST_ZERO, FLUSH, FUA, NO_HOLE, READ, WRITE, Io
+from nbdmap.block.io import (
+    CACHE,
+    DISCARD,
+    DONE,
+    FAST_ZERO,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    READ,
+    WRITE,
+    Failed,
+    Io,
+    Pending,
+)
 from nbdmap.block.threads import Threads
 from nbdmap.errors import IoFailed, Unsupported, from_os_error
 from nbdmap.units import MIB, round_up
@@ -111,39 +124,37 @@ class FileDisk(Device):
             os.close(self._fd)
             self._fd = -1
 
-    async def submit(self, io: Io, offset: int) -> None:
+    def submit(self, io: Io, offset: int) -> Pending:
         """As `Device.submit`; done at once when the page cache can."""
         op = io.op
-        if op == READ:
+        if op is READ:
             if io.length <= self._inline_read:
                 try:
                     if os.preadv(self._fd, (io.data,), offset, self._inline_read_flags) == io.length:
-                        return
+                        return DONE
                 except OSError as error:
                     if error.errno not in _TRY_IN_THREAD:
-                        raise from_os_error(error, self._what("read", offset)) from error
-            await self._in_thread("read", offset, self._read_now, io.data, offset)
-        elif op == WRITE:
+                        return Failed(from_os_error(error, self._what("read", offset)))
+            return self._in_thread("read", offset, self._read_now, io.data, offset)
+        if op is WRITE:
             data = io.data
             if not (io.length > self._inline_write or self._pooled_writes or self._lock_holders or io.flags & FUA):
+                self._changes += 1
                 try:
                     done = self._write_some_now(data, offset)
                 except OSError as error:
-                    raise from_os_error(error, self._what("write", offset)) from error
-                finally:
-                    self._changes += 1
+                    return Failed(from_os_error(error, self._what("write", offset)))
                 if done == io.length:
-                    return
+                    return DONE
                 data, offset = data[done:], offset + done
-            await self._write_in_thread(data, offset, durable=bool(io.flags & FUA))
-        elif op == FLUSH:
-            await self._flush()
-        elif op == CACHE:
+            return self._write_in_thread(data, offset, durable=bool(io.flags & FUA))
+        if op is FLUSH:
+            return self._flush()
+        if op is CACHE:
             if not self.limits.cache:
-                raise Unsupported(f"{self.path} is read past the page cache")
-            await self._in_thread("caching", offset, self._cache_now, offset, io.length)
-        else:
-            await self._free(io, offset)
+                return Failed(Unsupported(f"{self.path} is read past the page cache"))
+            return self._in_thread("caching", offset, self._cache_now, offset, io.length)
+        return self._free(io, offset)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As `Device.extents`; at once where the range is known to be data."""
@@ -187,9 +198,13 @@ class FileDisk(Device):
         if io.flags & FUA:
             await self._flush()
 
-    async def _flush(self) -> None:
+    def _flush(self) -> Pending:
         """Ends when every change that ended before now is durable."""
-        wanted = self._changes
+        if self._durable >= self._changes and self._sync_failure is None:
+            return DONE
+        return self._sync(self._changes)
+
+    async def _sync(self, wanted: int) -> None:
         while True:
             self._check_latch("flush", 0)
             if self._durable >= wanted:

@@ -1,17 +1,23 @@
 """One I/O request and how it is run.
 
 An `Io` never changes on its way down a stack of devices: only the byte offset passed beside it does, so that a split, a
-retry or a mirror write needs no copies. `submit(io, offset)` of every device and target is a coroutine (or hands on the
-coroutine of the device below); a failure is an exception with an errno.
+retry or a mirror write needs no copies. `submit(io, offset)` of every device and target starts it and returns something
+to await, a `Pending`. It never raises: a failure, an exception with an errno, is raised by what it returns, which is
 
-Coroutines are run *eagerly*: whoever needs one drives it with `send(None)` and most requests are done at once, without a
-task or a future. Only one that really waits is handed to a task. Two rules follow for code that may run eagerly: it has no
-task of its own until it has waited once, and `asyncio.timeout` or a `TaskGroup` must not be entered before that.
+- `DONE`: done already; what a fast path returns, a plain function that costs 0.1 us a layer;
+- `Failed(error)`: over, and badly;
+- a `Deferred`: some later call ends it; no coroutine, no task;
+- or a coroutine, for whatever has to wait in the middle.
+
+Coroutines are run *eagerly*: whoever needs one drives it with `send(None)`, and only one that really waits is handed to a
+task. Two rules follow for code that may run eagerly: it has no task of its own until it has waited once, and
+`asyncio.timeout` or a `TaskGroup` must not be entered before that.
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator
 from enum import IntEnum
+from functools import partial
 from typing import Any, Final
 
 
@@ -46,26 +52,170 @@ Pending = Coroutine[Any, Any, None]
 _EMPTY: Final = memoryview(b"")
 
 
+class Plug:
+    """The requests of one wake-up of a connection, for targets that are cheaper in batches (as the kernel's blk_plug).
+
+    While it is `active`, a target may park a request as a Deferred and `add` what will run all that it has parked; that is
+    called, once, when the connection has taken everything that had arrived. Alone, a request is not held back.
+    """
+
+    __slots__ = ("_runs", "active")
+
+    def __init__(self) -> None:
+        self.active = False
+        self._runs: list[Callable[[], None]] = []
+
+    def add(self, run: Callable[[], None]) -> None:
+        """Calls `run` at the end of the wake-up. It must not raise."""
+        self._runs.append(run)
+
+    def pull(self) -> None:
+        """The end of the wake-up: runs what was parked, and what that parks on its way down."""
+        while self._runs:
+            runs, self._runs = self._runs, []
+            for run in runs:
+                run()
+        self.active = False
+
+
+NO_PLUG: Final = Plug()
+"""Never active: of requests that come alone."""
+
+
 class Io:
     """One request: `op`, `length` in bytes, `data` (READ: the buffer to fill; WRITE: the payload; else empty) and `flags`.
 
     `data` belongs to the caller and may be used only until `submit` has ended; who keeps it longer copies it.
     """
 
-    __slots__ = ("data", "flags", "length", "op")
+    __slots__ = ("data", "flags", "length", "op", "plug")
 
-    def __init__(self, op: Op, length: int, data: memoryview = _EMPTY, flags: int = 0) -> None:
+    def __init__(self, op: Op, length: int, data: memoryview = _EMPTY, flags: int = 0, plug: Plug = NO_PLUG) -> None:
         self.op = op
         self.length = length
         self.data = data
         self.flags = flags
+        self.plug = plug
 
     def part(self, start: int, length: int) -> "Io":
         """The request for `length` bytes from byte `start` of this one; it shares the buffer."""
-        return Io(self.op, length, self.data[start : start + length], self.flags)
+        return Io(self.op, length, self.data[start : start + length], self.flags, self.plug)
 
     def __repr__(self) -> str:
         return f"Io({self.op.name}, {self.length}, flags={self.flags:#x})"
+
+
+class _Done(Coroutine[Any, Any, None]):
+    """The class of DONE."""
+
+    __slots__ = ()
+
+    def send(self, value: Any) -> Any:
+        raise StopIteration
+
+    def throw(self, *error: Any) -> Any:
+        raise error[0]
+
+    def close(self) -> None:
+        pass
+
+    def __await__(self) -> Iterator[Any]:  # type: ignore[override]  # an iterator will do
+        return iter(())
+
+
+DONE: Final[Pending] = _Done()
+"""A request that is done. Unlike others it may be awaited as often as one likes."""
+
+
+class Failed(_Done):
+    """A request that has failed."""
+
+    __slots__ = ("error",)
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def send(self, value: Any) -> Any:
+        """Raises the error."""
+        raise self.error
+
+    def __await__(self) -> Iterator[Any]:  # type: ignore[override]
+        raise self.error
+
+
+class Deferred(Coroutine[Any, Any, None]):
+    """A request that ends when somebody calls `finish`.
+
+    It is awaited like any other, or told what to call with `then`. A cancellation of who awaits it calls `on_cancel`, which
+    should end it soon; in any case it is waited for, because until then the request's buffer is in use.
+    """
+
+    __slots__ = ("_callbacks", "_steps", "ended", "error", "on_cancel")
+
+    def __init__(self, on_cancel: Callable[[], object] | None = None) -> None:
+        self.ended = False
+        self.error: BaseException | None = None
+        self.on_cancel = on_cancel
+        self._callbacks: list[Callable[[BaseException | None], object]] = []
+        self._steps: Generator[Any, Any, None] | None = None
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """Ends the request, well or with an error. Called exactly once."""
+        self.ended = True
+        self.error = error
+        callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback(error)
+
+    def then(self, callback: Callable[[BaseException | None], object]) -> None:
+        """Calls `callback(error or None)` when the request ends, at once if it has; in the order they were given."""
+        if self.ended:
+            callback(self.error)
+        else:
+            self._callbacks.append(callback)
+
+    def cancel(self) -> None:
+        """Asks for an early end."""
+        if not self.ended and self.on_cancel is not None:
+            self.on_cancel()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        cancelled = False
+        while not self.ended:
+            waiter = asyncio.get_running_loop().create_future()
+            self.then(partial(_wake, waiter))
+            try:
+                yield from waiter
+            except asyncio.CancelledError:
+                cancelled = True
+                self.cancel()
+        if cancelled:
+            raise asyncio.CancelledError
+        if self.error is not None:
+            raise self.error
+
+    def _go_on(self) -> Generator[Any, Any, None]:
+        if self._steps is None:
+            self._steps = self.__await__()
+        return self._steps
+
+    def send(self, value: Any) -> Any:
+        """As a coroutine's."""
+        return self._go_on().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        """As a coroutine's."""
+        return self._go_on().throw(*error)
+
+    def close(self) -> None:
+        """As a coroutine's: nobody waits for it any more."""
+        if self._steps is not None:
+            self._steps.close()
+
+
+def _wake(waiter: "asyncio.Future[None]", error: BaseException | None) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 class Continued(Coroutine[Any, Any, None]):
@@ -107,11 +257,16 @@ class Continued(Coroutine[Any, Any, None]):
         return self.send(None)
 
 
-async def run_all(requests: Iterable[Pending]) -> None:
+def run_all(requests: Iterable[Pending]) -> Pending:
     """Runs requests side by side and ends when all of them have; then raises the first error, if any.
 
     Each is started eagerly, in order. Cancelling it cancels those that still wait, and waits for them.
     """
+    waiting = [request for request in requests if request is not DONE]
+    return _run_all(waiting) if waiting else DONE
+
+
+async def _run_all(requests: list[Pending]) -> None:
     waiting: list[asyncio.Task[None]] = []
     first: BaseException | None = None
     for request in requests:

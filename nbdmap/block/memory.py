@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from nbdmap.block.device import HOLE, ZERO, Device, Extent, Limits
-from nbdmap.block.io import DISCARD, NO_HOLE, READ, WRITE, WRITE_ZEROES, Io
+from nbdmap.block.io import DISCARD, DONE, NO_HOLE, READ, WRITE, WRITE_ZEROES, Failed, Io, Pending
 from nbdmap.errors import IoFailed
 from nbdmap.units import KIB
 
@@ -41,8 +41,15 @@ class MemoryDisk(Device):
         self.resident = 0
         self._chunks: dict[int, memoryview] = {}
 
-    async def submit(self, io: Io, offset: int) -> None:
+    def submit(self, io: Io, offset: int) -> Pending:
         """As `Device.submit`; never waits."""
+        try:
+            self._do(io, offset)
+        except IoFailed as error:
+            return Failed(error)
+        return DONE
+
+    def _do(self, io: Io, offset: int) -> None:
         op = io.op
         start = offset & _WITHIN
         end = start + io.length

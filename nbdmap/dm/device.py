@@ -11,10 +11,11 @@ when it has no request in flight.
 
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import FLUSH, Io, Op, run_all, to_the_end
+from nbdmap.block.io import DONE, FLUSH, Deferred, Failed, Io, Op, Pending, run_all, to_the_end
 from nbdmap.dm.args import Args
 from nbdmap.dm.table import Table, TableLine
 from nbdmap.dm.target import Opener, Target
@@ -63,26 +64,50 @@ class MappedDevice(Device):
 
     # --- the data path ---------------------------------------------------------------------------------------------
 
-    async def submit(self, io: Io, offset: int) -> None:
+    def submit(self, io: Io, offset: int) -> Pending:
         """As Device.submit. Waits while the device is suspended; EIO when it has no table or the range is beyond it."""
-        while self._gate is not None:
-            await asyncio.shield(self._gate)
+        if self._gate is not None:
+            return self._submit_later(io, offset)
         table = self.live
         if table is None:
-            raise IoFailed(f"{self.name} has no table")
-        table.in_flight += 1
+            return Failed(IoFailed(f"{self.name} has no table"))
         op = io.op
         self.requests[op] += 1
-        try:
-            await table.submit(io, offset)
+        pending = table.submit(io, offset)
+        if pending is DONE:
             self.bytes_done[op] += io.length
-        except NbdmapError:
-            self.errors += 1
+            return DONE
+        table.in_flight += 1
+        if isinstance(pending, Deferred):
+            pending.then(partial(self._ended, table, io))
+            return pending
+        return self._track(table, io, pending)
+
+    async def _submit_later(self, io: Io, offset: int) -> None:
+        while self._gate is not None:
+            await asyncio.shield(self._gate)
+        await self.submit(io, offset)
+
+    async def _track(self, table: Table, io: Io, pending: Pending) -> None:
+        try:
+            await pending
+        except BaseException as error:
+            self._ended(table, io, error)
             raise
-        finally:
-            table.in_flight -= 1
-            if self._idle is not None and not table.in_flight and not self._idle.done():
-                self._idle.set_result(None)
+        self._ended(table, io, None)
+
+    def _ended(self, table: Table, io: Io, error: BaseException | None) -> None:
+        """A request that had to wait is over."""
+        if error is None:
+            self.bytes_done[io.op] += io.length
+        elif isinstance(error, NbdmapError):
+            self.errors += 1
+        self._out(table)
+
+    def _out(self, table: Table) -> None:
+        table.in_flight -= 1
+        if self._idle is not None and not table.in_flight and not self._idle.done():
+            self._idle.set_result(None)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """As Device.extents; waits and counts like a request."""
@@ -95,9 +120,7 @@ class MappedDevice(Device):
         try:
             return await table.extents(offset, length)
         finally:
-            table.in_flight -= 1
-            if self._idle is not None and not table.in_flight and not self._idle.done():
-                self._idle.set_result(None)
+            self._out(table)
 
     # --- tables ----------------------------------------------------------------------------------------------------
 

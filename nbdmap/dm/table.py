@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import DISCARD, FLUSH, WRITE_ZEROES, Io, Pending, run_all, to_the_end
+from nbdmap.block.io import DISCARD, FLUSH, WRITE_ZEROES, Failed, Io, Pending, run_all, to_the_end
 from nbdmap.dm.args import Args, parse_number, split_words
 from nbdmap.dm.target import Opened, Opener, Spec, Target, merge_limits
 from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, Unsupported
@@ -174,15 +174,15 @@ class Table:
             )
 
     def submit(self, io: Io, offset: int) -> Pending:
-        """Does `io` at byte `offset` of the table. Raises IoFailed (EIO) beyond its end, Unsupported where it cannot."""
+        """Does `io` at byte `offset` of the table. Fails with EIO beyond its end, with Unsupported where it cannot."""
         op = io.op
         if op is FLUSH:
             return self._flush(io)
         if (op is DISCARD and not self.limits.discard) or (op is WRITE_ZEROES and not self.limits.zero):
-            raise Unsupported(f"{op.name.lower()} is not supported by every device below")
+            return Failed(Unsupported(f"{op.name.lower()} is not supported by every device below"))
         end = offset + io.length
         if end > self.size:
-            raise IoFailed(f"bytes {offset} to {end} are beyond the end of the table, {self.size}")
+            return Failed(IoFailed(f"bytes {offset} to {end} are beyond the end of the table, {self.size}"))
         target = self._only or self._target_at(offset)
         if end <= target.end:
             return target.submit(io, offset)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Final, cast
 
 from nbdmap.block.device import Device
-from nbdmap.block.io import Continued, Pending
+from nbdmap.block.io import DONE, Continued, Deferred, Pending, Plug
 from nbdmap.errors import NbdmapError, ProtocolError
 from nbdmap.nbd.constants import CMD_FLAG_FAST_ZERO, Cmd, Error
 from nbdmap.nbd.handshake import ServerHandshake, State, TlsMode
@@ -61,10 +61,11 @@ class Connection(asyncio.BufferedProtocol):
         self._serving: Serving
         self._out: Reply = []
         self._out_bytes = 0
-        self._flush_due = False
+        self._plug = Plug()
         self._requests = 0  # in flight, beyond the wake-up that started them
         self._bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._deferred: set[Deferred] = set()
         self._leaving: asyncio.Task[None] | None = None
         self._gone: asyncio.Future[None]
         self._stopped = False  # nothing more is taken for now, for one of the reasons below
@@ -209,7 +210,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         log.info("%s: connected to %r", self._peer, session.export.name)
         self._door = Door(session)
-        self._serving = Serving(self._device, session, self._shared.buffers.take)
+        self._serving = Serving(self._device, session, self._shared.buffers.take, self._plug)
         self._reader = RequestReader(session.extended, self._shared.receive, self._shared.buffers.take)
         self._reader.feed(self._handshake.leftover)
         self._handshake_buffer = memoryview(b"")
@@ -222,7 +223,9 @@ class Connection(asyncio.BufferedProtocol):
         reader = self._reader
         assert reader is not None
         next_request, check, serve = reader.next, self._door.check, self._serving.serve
+        lent: list[Deferred] = []  # a payload in the reader's buffer
         borrowed = False
+        self._plug.active = True
         try:
             for _ in range(MAX_BATCH):
                 if self._stopped:
@@ -241,21 +244,21 @@ class Connection(asyncio.BufferedProtocol):
                     continue
                 reply: Reply = []
                 pending = serve(request, reply)
-                try:
-                    yielded = pending.send(None)
-                except StopIteration:
+                if pending is DONE:
                     self._put(request, reply)
-                except (Exception, asyncio.CancelledError) as error:
-                    self._out.append(self._failure(request, error))
-                else:
-                    self._park(pending, yielded, request, reply)
+                elif isinstance(pending, Deferred):
+                    self._defer(pending, request, reply)
+                    if request.borrowed:
+                        lent.append(pending)
+                elif self._start(pending, request, reply):
                     borrowed |= request.borrowed
             else:
                 self._continue_soon()
         except ProtocolError as error:
             log.info("%s: %s", self._peer, error.message)
             self._end()
-        if borrowed:
+        self._plug.pull()
+        if borrowed or not all(pending.ended for pending in lent):
             reader.renew()
         else:
             reader.settle()
@@ -270,10 +273,32 @@ class Connection(asyncio.BufferedProtocol):
             if self._out_bytes >= BATCH_BYTES:
                 self._flush_out()
 
-    def _park(self, pending: Pending, yielded: object, request: Request, reply: Reply) -> None:
-        """Leaves a request that waits to a task of its own."""
+    def _start(self, pending: Pending, request: Request, reply: Reply) -> bool:
+        """Runs a request eagerly; leaves one that waits to a task of its own, and returns True then."""
+        try:
+            yielded = pending.send(None)
+        except StopIteration:
+            self._put(request, reply)
+            return False
+        except (Exception, asyncio.CancelledError) as error:
+            self._out.append(self._failure(request, error))
+            return False
         self._count(request, 1)
         self._start_task(Continued(pending, yielded)).add_done_callback(partial(self._finish, request, reply))
+        return True
+
+    def _defer(self, pending: Deferred, request: Request, reply: Reply) -> None:
+        """Answers a request when it ends."""
+        self._count(request, 1)
+        self._deferred.add(pending)
+        pending.then(partial(self._finish_deferred, pending, request, reply))
+
+    def _finish_deferred(self, pending: Deferred, request: Request, reply: Reply, error: BaseException | None) -> None:
+        self._deferred.discard(pending)
+        if self._stopped or not self._plug.active:
+            self._continue_soon()
+        self._count(request, -1)
+        self._put(request, reply if error is None else [self._failure(request, error)])
 
     def _count(self, request: Request, change: int) -> None:
         """Counts a request in flight, or out again."""
@@ -392,6 +417,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def cancel(self) -> None:
         """Cancels what is in flight: it is answered with ESHUTDOWN, and the client is left."""
+        for pending in list(self._deferred):
+            pending.cancel()
         for task in self._tasks:
             task.cancel()
 

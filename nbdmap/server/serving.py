@@ -1,12 +1,27 @@
 """How one request is served: from the request to the device, and from the result to reply buffers.
 
-Each `serve` is a coroutine that ends with the buffers of the reply in `reply`, and raises NbdmapError for a failure.
+Each `serve` ends with the buffers of the reply in `reply`, or fails with NbdmapError.
 """
 
 from typing import Final
 
 from nbdmap.block.device import HOLE, ZERO, Device, Extent
-from nbdmap.block.io import CACHE, DISCARD, FAST_ZERO, FLUSH, FUA, NO_HOLE, WRITE_ZEROES, Io, Op, Pending, run_all
+from nbdmap.block.io import (
+    CACHE,
+    DISCARD,
+    DONE,
+    FAST_ZERO,
+    FLUSH,
+    FUA,
+    NO_HOLE,
+    NO_PLUG,
+    WRITE_ZEROES,
+    Io,
+    Op,
+    Pending,
+    Plug,
+    run_all,
+)
 from nbdmap.block.io import READ as IO_READ
 from nbdmap.block.io import WRITE as IO_WRITE
 from nbdmap.errors import InvalidArgument
@@ -30,16 +45,17 @@ Reply = list[Buffer]
 class Serving:
     """What one session's requests are served with. `device` may change its size; the door keeps to what was agreed."""
 
-    def __init__(self, device: Device, session: Session, allocate: Allocate) -> None:
+    def __init__(self, device: Device, session: Session, allocate: Allocate, plug: Plug = NO_PLUG) -> None:
         self.replies = Replies(session.structured, session.extended, allocate)
         self._device = device
+        self._plug = plug
         self._holes = self.replies.structured
         self._size = session.export.size
         self._block = session.export.minimum_block
         self._contexts = session.contexts
 
     def serve(self, request: Request, reply: Reply) -> Pending:
-        """The coroutine that serves a request which has passed the door."""
+        """Serves a request which has passed the door."""
         command = request.command
         length = request.length
         if command == _READ and length:
@@ -47,16 +63,16 @@ class Serving:
                 return self._sparse_read(request, reply)
             buffer, data = self.replies.read(request)
             reply.append(buffer)
-            return self._device.submit(Io(IO_READ, length, data), request.offset)
+            return self._device.submit(Io(IO_READ, length, data, 0, self._plug), request.offset)
         if length == 0 and command != _FLUSH:
             reply.append(self.replies.done(request))
-            return _nothing()
+            return DONE
         if command == _BLOCK_STATUS:
             return self._block_status(request, reply)
         reply.append(self.replies.done(request))
         if command == _WRITE:
             assert request.payload is not None
-            return self._device.submit(Io(IO_WRITE, length, request.payload, request.flags & FUA), request.offset)
+            return self._device.submit(Io(IO_WRITE, length, request.payload, request.flags & FUA, self._plug), request.offset)
         if command == _FLUSH:
             return self._device.submit(Io(FLUSH, 0), 0)
         return self._device.submit(Io(_PLAIN[command], length, flags=request.flags & _IO_FLAGS), request.offset)
@@ -111,10 +127,6 @@ class Serving:
         if length % self._block:
             raise InvalidArgument(f"BLOCK_STATUS of {length} bytes is not aligned to blocks of {self._block}")
         return ids, length
-
-
-async def _nothing() -> None:
-    """A request for nothing."""
 
 
 def _merge_data(extents: list[Extent]) -> list[tuple[int, bool]]:

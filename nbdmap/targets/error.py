@@ -7,7 +7,7 @@
 from typing import Self
 
 from nbdmap.block.device import Limits
-from nbdmap.block.io import Io
+from nbdmap.block.io import Failed, Io, Pending
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import IoFailed
@@ -37,9 +37,10 @@ class Error(Target):
         start = args.number("start sector", 0, MAX_SIZE // SECTOR) * SECTOR
         return cls(spec, [Below(device, start, spec.length)])
 
-    async def submit(self, io: Io, offset: int) -> None:
+    def submit(self, io: Io, offset: int) -> Pending:
         """Fails."""
-        raise IoFailed(f"{io.op.name.lower()} of {io.length} bytes at {offset}: the error target fails every request")
+        what = f"{io.op.name.lower()} of {io.length} bytes at {offset}"
+        return Failed(IoFailed(f"{what}: the error target fails every request"))
 
     def devices(self) -> list[Below]:
         """The device it was given, if any."""

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Self
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import DISCARD, WRITE_ZEROES, Io, Pending, run_all
+from nbdmap.block.io import DISCARD, DONE, WRITE_ZEROES, Io, Pending, run_all
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target, merge_limits
 from nbdmap.errors import InvalidArgument, NbdmapError, Unsupported
@@ -83,11 +83,18 @@ class Striped(Target):
             inside = 0
         return run_all(pieces)
 
-    async def _piece(self, io: Io, place: int, inside: int) -> None:
+    def _piece(self, io: Io, place: int, inside: int) -> Pending:
         row, number = divmod(place, len(self._stripes))
-        stripe = self._stripes[number]
+        return self._send(self._stripes[number], io, row * self._chunk + inside)
+
+    def _send(self, stripe: Stripe, io: Io, at: int) -> Pending:
+        """Sends a request to byte `at` of a stripe's share."""
+        pending = stripe.device.submit(io, stripe.start + at)
+        return pending if pending is DONE else self._watch(stripe, pending)
+
+    async def _watch(self, stripe: Stripe, pending: Pending) -> None:
         try:
-            await stripe.device.submit(io, stripe.start + row * self._chunk + inside)
+            await pending
         except NbdmapError as error:
             self._failed(stripe, error)
             raise
@@ -119,15 +126,8 @@ class Striped(Target):
         for number, stripe in enumerate(self._stripes):
             begin, end = self._share(number, offset - self.begin, offset - self.begin + io.length)
             if begin < end:
-                requests.append(self._send_share(stripe, Io(io.op, end - begin, flags=io.flags), begin))
+                requests.append(self._send(stripe, Io(io.op, end - begin, flags=io.flags), begin))
         return requests
-
-    async def _send_share(self, stripe: Stripe, io: Io, begin: int) -> None:
-        try:
-            await stripe.device.submit(io, stripe.start + begin)
-        except NbdmapError as error:
-            self._failed(stripe, error)
-            raise
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """One question to each stripe, dealt back into the order of the chunks."""

@@ -6,7 +6,7 @@
 from typing import Self
 
 from nbdmap.block.device import ZERO, Extent, Limits
-from nbdmap.block.io import READ, Io
+from nbdmap.block.io import DONE, READ, Io, Pending
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Spec, Target
 from nbdmap.units import KIB
@@ -26,12 +26,13 @@ class Zero(Target):
         args.end()
         return cls(spec)
 
-    async def submit(self, io: Io, offset: int) -> None:
+    def submit(self, io: Io, offset: int) -> Pending:
         """Fills the buffer of a read; everything else is done already."""
         if io.op is READ:
             for start in range(0, io.length, len(_ZEROES)):
                 part = io.data[start : start + len(_ZEROES)]
                 part[:] = _ZEROES[: len(part)]
+        return DONE
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """Zeroes, but no hole: a write can never meet a full disk."""

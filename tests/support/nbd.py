@@ -108,6 +108,11 @@ class Client:
         """Sends a request."""
         self.writer.write(nbd.REQUEST.pack(nbd.REQUEST_MAGIC, flags, command, cookie, offset, length) + payload)
 
+    def ask_all(self, *requests: tuple[int, int, int, int, bytes]) -> None:
+        """Sends (command, cookie, offset, length, payload) all in one piece."""
+        pack, magic = nbd.REQUEST.pack, nbd.REQUEST_MAGIC
+        self.writer.write(b"".join(pack(magic, 0, *request) + payload for *request, payload in requests))
+
     async def simple(self, length: int = 0) -> tuple[int, int, bytes]:
         """A simple reply: error, cookie, and `length` bytes of data if it succeeded."""
         magic, error, cookie = nbd.SIMPLE_REPLY.unpack(await self.reader.readexactly(16))

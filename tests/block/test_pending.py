@@ -1,0 +1,112 @@
+"""nbdmap.block.io: what `submit` returns, in each of its kinds."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from nbdmap.block.io import DONE, READ, Continued, Deferred, Failed, Io, Plug, run_all
+from nbdmap.errors import IoFailed
+
+
+async def test_done_can_be_awaited_again_and_again() -> None:
+    await DONE
+    await DONE
+    await asyncio.create_task(DONE)
+    with pytest.raises(StopIteration):
+        DONE.send(None)
+    assert run_all([DONE, DONE]) is DONE
+
+
+async def test_failed_raises_however_it_is_run() -> None:
+    with pytest.raises(IoFailed, match="broken"):
+        await Failed(IoFailed("broken"))
+    with pytest.raises(IoFailed, match="broken"):
+        Failed(IoFailed("broken")).send(None)
+    with pytest.raises(IoFailed, match="broken"):
+        await asyncio.create_task(Failed(IoFailed("broken")))
+    with pytest.raises(IoFailed, match="first"):
+        await run_all([DONE, Failed(IoFailed("first")), Failed(IoFailed("second"))])
+
+
+async def test_deferred_calls_back_in_order_and_at_once_when_it_has_ended() -> None:
+    seen: list[tuple[str, BaseException | None]] = []
+    pending = Deferred()
+    pending.then(lambda error: seen.append(("a", error)))
+    pending.then(lambda error: seen.append(("b", error)))
+    error = IoFailed("late")
+    pending.finish(error)
+    pending.then(lambda error: seen.append(("c", error)))
+    assert seen == [("a", error), ("b", error), ("c", error)]
+
+
+async def test_deferred_is_awaited_like_a_coroutine() -> None:
+    pending, failing, over = Deferred(), Deferred(), Deferred()
+    over.finish()
+    asyncio.get_running_loop().call_soon(pending.finish)
+    asyncio.get_running_loop().call_soon(failing.finish, IoFailed("late"))
+    await over
+    await pending
+    with pytest.raises(IoFailed, match="late"):
+        await failing
+
+
+async def test_deferred_goes_on_in_a_task() -> None:
+    pending = Deferred()
+    yielded = pending.send(None)
+    task: asyncio.Task[None] = asyncio.create_task(Continued(pending, yielded))
+    await asyncio.sleep(0)
+    assert not task.done()
+    pending.finish()
+    await task
+
+
+async def test_a_cancelled_wait_for_a_deferred_lasts_until_it_has_ended() -> None:
+    """Its buffer is in use until then."""
+    asked: list[int] = []
+    pending = Deferred(lambda: asked.append(1))
+    task: asyncio.Task[None] = asyncio.ensure_future(pending)
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert asked == [1]
+    assert not task.done()
+    pending.finish()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_run_all_with_deferred_and_failed() -> None:
+    first, second = Deferred(), Deferred()
+    running: asyncio.Task[Any] = asyncio.ensure_future(run_all([first, DONE, second]))
+    await asyncio.sleep(0)
+    second.finish(IoFailed("the second"))
+    await asyncio.sleep(0)
+    assert not running.done()
+    first.finish()
+    with pytest.raises(IoFailed, match="the second"):
+        await running
+
+
+def test_plug_runs_what_was_parked_and_what_that_parks() -> None:
+    plug = Plug()
+    seen: list[str] = []
+
+    def outer() -> None:
+        seen.append("outer")
+        assert plug.active
+        plug.add(lambda: seen.append("inner"))
+
+    plug.active = True
+    plug.add(outer)
+    plug.add(lambda: seen.append("second"))
+    plug.pull()
+    assert seen == ["outer", "second", "inner"]
+    assert not plug.active
+
+
+def test_a_part_keeps_the_plug() -> None:
+    plug = Plug()
+    assert Io(READ, 1024, memoryview(bytearray(1024)), 0, plug).part(512, 512).plug is plug
+    assert not Io(READ, 1024).plug.active
