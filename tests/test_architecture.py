@@ -10,7 +10,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"errors"},
     {"units", "layout"},
-    {"nbd"},
+    {"nbd", "ciphers"},
     {"block"},
     {"dm", "persist"},
     {"targets"},

@@ -1,0 +1,73 @@
+"""Block ciphers: many blocks at once, each by itself (ECB), with one key.
+
+    block = make_block("aes", key)
+    block.encrypt(source, target)
+
+AES is that of `cryptography`; the others come from libgcrypt, which Debian always has (package libgcrypt20), loaded when one is
+first asked for. Neither object may be used by two threads at once.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from nbdmap.errors import InvalidArgument, NotFound
+
+Bytes = npt.NDArray[np.uint8]
+Words = npt.NDArray[np.uint64]
+
+SPARE: Final = 16
+"""Bytes that `cryptography` wants a target to have beyond what it fills."""
+
+
+class Block(Protocol):
+    """A block cipher with its key. Source and target are contiguous and the same, or do not overlap; a whole number of blocks.
+
+    The target's memory must reach SPARE bytes further, which are not changed.
+    """
+
+    size: int
+
+    def encrypt(self, source: Any, target: Any) -> object:
+        """Encrypts every block of `source` into `target`."""
+        ...
+
+    def decrypt(self, source: Any, target: Any) -> object:
+        """The reverse."""
+        ...
+
+
+class Aes:
+    """AES with a key of 16, 24 or 32 bytes."""
+
+    size = 16
+
+    def __init__(self, key: bytes) -> None:
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+        cipher = Cipher(algorithms.AES(key), modes.ECB())
+        self.encrypt = cipher.encryptor().update_into
+        self.decrypt = cipher.decryptor().update_into
+
+
+KEY_SIZES: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType({"aes": (16, 24, 32)})
+"""The ciphers and the bytes that their keys may have."""
+BLOCK_SIZES: Final[Mapping[str, int]] = MappingProxyType({"aes": 16})
+
+
+def check_key_size(cipher: str, size: int) -> None:
+    """Raises NotFound (ENOENT) for a cipher that there is not, InvalidArgument for a key that it cannot have."""
+    if cipher not in KEY_SIZES:
+        raise NotFound(f"there is no cipher {cipher!r} (known: {', '.join(KEY_SIZES)})")
+    if size not in KEY_SIZES[cipher]:
+        sizes = ", ".join(map(str, KEY_SIZES[cipher]))
+        raise InvalidArgument(f"cipher {cipher} cannot have a key of {size} bytes (possible: {sizes})")
+
+
+def make_block(cipher: str, key: bytes) -> Block:
+    """`cipher` with `key`. Raises as check_key_size does."""
+    check_key_size(cipher, len(key))
+    return Aes(key)

@@ -1,0 +1,159 @@
+"""A sector cipher with its key: what turns the sectors of a crypt device into those of its disk, and back.
+
+    cipher = SectorCipher(CipherSpec.parse("aes-xts-plain64"), key, sector_size=4096)
+    cipher.decrypt(8, ciphertext, plaintext)
+
+`sector` is the number of the first 512-byte sector, relative to the start of the encrypted range; lengths are multiples of the
+encryption sector. Many pieces, each at its own place, are encrypted together: that costs much less than one by one. The
+buffers of a piece may be the same, and else do not overlap. An object has working memory of its own: one thread at a time;
+`copy` makes another for another thread.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from nbdmap.ciphers.blocks import Bytes, Words, make_block
+from nbdmap.ciphers.ivs import make_ivs
+from nbdmap.ciphers.modes import PIECE, Cbc, Ecb, Mode, Xts
+from nbdmap.ciphers.spec import CipherSpec
+from nbdmap.errors import InvalidArgument, NotFound
+from nbdmap.units import SECTOR
+
+Buffer = bytes | bytearray | memoryview
+Piece = tuple[int, Any, Any]
+"""(first sector, source, target): buffers of one length, the target writable."""
+
+_NUMBERS: Final = np.arange(PIECE // SECTOR, dtype=np.uint64)
+_WRAP: Final = (1 << 64) - 1
+
+
+class SectorCipher:
+    """`iv_offset` is in sectors and added to every sector number; `large_sectors`: IVs count encryption sectors.
+
+    Raises InvalidArgument or NotFound for what there is not, with the kernel's errno; a message never has the key.
+    """
+
+    def __init__(
+        self, spec: CipherSpec, key: bytes, *, sector_size: int = SECTOR, iv_offset: int = 0, large_sectors: bool = False
+    ) -> None:
+        self.spec = spec
+        self.sector_size = sector_size
+        self._iv_offset = iv_offset
+        self._step = sector_size // SECTOR
+        self._shift = np.uint64(self._step.bit_length() - 1 if large_sectors else 0)
+        self._mask = spec.key_count - 1
+        size = len(key) // spec.key_count
+        self._keyed = [
+            _Keyed(spec, key[number * size : number * size + size], sector_size) for number in range(spec.key_count)
+        ]
+        self._room = np.empty(max(PIECE, sector_size), np.uint8)
+
+    def encrypt(self, sector: int, source: Buffer, target: Any) -> None:
+        """Encrypts the sectors in `source`, from number `sector` on, into `target`."""
+        self._crypt(sector, source, target, encrypt=True)
+
+    def decrypt(self, sector: int, source: Buffer, target: Any) -> None:
+        """The reverse."""
+        self._crypt(sector, source, target, encrypt=False)
+
+    def _crypt(self, sector: int, source: Buffer, target: Any, *, encrypt: bool) -> None:
+        size = self.sector_size
+        rows = np.frombuffer(source, np.uint8).reshape(-1, size)
+        results = np.frombuffer(target, np.uint8).reshape(-1, size)
+        most = max(PIECE // size, 1)
+        for first in range(0, len(rows), most):
+            piece = rows[first : first + most]
+            numbers = self._numbers(sector + first * self._step, len(piece))
+            self._run(numbers, piece, results[first : first + most], encrypt)
+
+    def encrypt_all(self, pieces: Sequence[Piece]) -> None:
+        """Encrypts all of `pieces` together."""
+        self._crypt_all(pieces, encrypt=True)
+
+    def decrypt_all(self, pieces: Sequence[Piece]) -> None:
+        """The reverse."""
+        self._crypt_all(pieces, encrypt=False)
+
+    def _crypt_all(self, pieces: Sequence[Piece], *, encrypt: bool) -> None:
+        """Small pieces are gathered into batches of up to PIECE bytes; the others go by themselves."""
+        batch: list[Piece] = []
+        length = 0
+        for piece in pieces:
+            size = len(piece[1])
+            if length + size > PIECE and batch:
+                self._gathered(batch, encrypt)
+                batch, length = [], 0
+            if size > PIECE // 2:
+                self._crypt(*piece, encrypt=encrypt)
+            else:
+                batch.append(piece)
+                length += size
+        if batch:
+            self._gathered(batch, encrypt)
+
+    def _gathered(self, pieces: list[Piece], encrypt: bool) -> None:
+        if len(pieces) == 1:
+            self._crypt(*pieces[0], encrypt=encrypt)
+            return
+        room, at, counts = self._room.data, 0, []
+        for _, source, _ in pieces:
+            end = at + len(source)
+            room[at:end] = source
+            counts.append(len(source) // self.sector_size)
+            at = end
+        numbers = np.concatenate([self._numbers(piece[0], count) for piece, count in zip(pieces, counts, strict=True)])
+        rows = self._room[:at].reshape(-1, self.sector_size)
+        self._run(numbers, rows, rows, encrypt)
+        at = 0
+        for _, source, target in pieces:
+            end = at + len(source)
+            target[:] = room[at:end]
+            at = end
+
+    def _numbers(self, sector: int, count: int) -> Words:
+        """The number of each encryption sector's first 512-byte sector, as the IVs count."""
+        first = np.uint64((sector + self._iv_offset) & _WRAP)
+        return (_NUMBERS[:count] if self._step == 1 else _NUMBERS[:count] * np.uint64(self._step)) + first
+
+    def _run(self, numbers: Words, source: Bytes, target: Bytes, encrypt: bool) -> None:
+        """At most PIECE bytes, one number a row. With several keys, the rows of each key apart."""
+        if not self._mask:
+            self._keyed[0].run(numbers >> self._shift, source, target, encrypt)
+            return
+        keys = numbers & np.uint64(self._mask)
+        for key in np.unique(keys):
+            chosen = np.flatnonzero(keys == key)
+            rows = source[chosen]
+            self._keyed[key].run(numbers[chosen] >> self._shift, rows, rows, encrypt)
+            target[chosen] = rows
+
+
+class _Keyed:
+    """The mode and the IVs of one key."""
+
+    def __init__(self, spec: CipherSpec, key: bytes, sector_size: int) -> None:
+        self._mode = make_mode(spec, key, sector_size)
+        self._ivs = make_ivs(spec, self._mode.iv_size, key)
+
+    def run(self, numbers: Words, source: Bytes, target: Bytes, encrypt: bool) -> None:
+        if encrypt:
+            self._mode.encrypt(self._ivs(numbers), source, target)
+        else:
+            self._mode.decrypt(self._ivs(numbers), source, target)
+
+
+def make_mode(spec: CipherSpec, key: bytes, sector_size: int) -> Mode:
+    """The chaining mode of `spec` over its cipher with `key`."""
+    kind = spec.chain_mode
+    if kind == "xts":
+        if len(key) % 2:
+            raise InvalidArgument(f"cipher {spec.text!r}: an xts key is two keys, and {len(key)} bytes are odd")
+        half = len(key) // 2
+        return Xts(make_block(spec.cipher, key[:half]), make_block(spec.cipher, key[half:]), sector_size)
+    if kind == "cbc":
+        return Cbc(make_block(spec.cipher, key), sector_size)
+    if kind == "ecb":
+        return Ecb(make_block(spec.cipher, key), sector_size)
+    raise NotFound(f"cipher {spec.text!r}: there is no mode {kind}({spec.cipher})")
