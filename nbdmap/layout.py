@@ -21,17 +21,13 @@ class Record:
     """Base of records; subclasses are dataclasses."""
 
     layout: ClassVar[Struct]
+    """`layout.size` is its length on disk."""
 
     def __init_subclass__(cls, *, order: str) -> None:
         super().__init_subclass__()
         hints = get_type_hints(cls, include_extras=True)
         formats = [get_args(hint)[1] for hint in hints.values() if get_origin(hint) is Annotated]
         cls.layout = Struct(order + "".join(formats))
-
-    @classmethod
-    def size(cls) -> int:
-        """Bytes on disk."""
-        return cls.layout.size
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview, offset: int = 0) -> Self:

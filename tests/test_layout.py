@@ -30,7 +30,7 @@ def test_reads_and_writes() -> None:
     data = b"LUKS\xba\xbe\x00\x02\0\0\0\0" + (1 << 40).to_bytes(8, "big")
     assert Big.unpack(data) == Big(b"LUKS\xba\xbe", 2, 1 << 40)
     assert Big.unpack(data).pack() == data
-    assert Big.size() == 20
+    assert Big.layout.size == 20
     assert Little(1, 2).pack() == b"\x01\x02" + bytes(7)
     assert Little.unpack(b"xx\x05\x07" + bytes(7), 2) == Little(5, 7)
 
