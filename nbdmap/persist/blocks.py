@@ -96,6 +96,8 @@ class BlockStore:
         self._dirty: dict[int, Block] = {}
         self._loading: dict[int, object] = {}
         """A token for each block that is being read; gone when the block is made anew meanwhile."""
+        self.changes = 0
+        """Grows with every change of what blocks mean: readers that waited compare."""
         self.get = self._blocks.get
         """get(number): the block if it is in the cache, else None. Plain, without a mark in `used`."""
 

@@ -1,0 +1,253 @@
+"""The space map of the data device: the references to each of its blocks (dm-space-map-disk).
+
+`inc` and `dec` only remember what changes; `write` puts it into the bitmaps, as part of the commit or when there is much to
+remember. Bitmaps are read when they are needed; the index, 16 bytes for 16320 blocks, is in memory.
+
+Invariants: a block is given out only if it is free now and was free in the last commit, and once a transaction at most.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Final
+
+import numpy as np
+
+from nbdmap.errors import CorruptMetadata, OutOfSpace
+from nbdmap.persist.blocks import Block
+from nbdmap.persist.btree import Btree
+from nbdmap.persist.space_map import (
+    BITMAP,
+    ENTRIES,
+    INDEX_ENTRIES,
+    INDEX_ENTRY,
+    MANY,
+    REF_COUNTS,
+    Counts,
+    Entry,
+    Root,
+    bitmaps_for,
+    first_free,
+    get_count,
+    set_count,
+    unpack_counts,
+)
+from nbdmap.persist.transaction import Transaction
+
+REMEMBERED: Final = 1 << 16
+"""Blocks whose changes are remembered before they are put into the bitmaps, a leaf's entries more or less."""
+
+
+class DataMap:
+    """The references to each block of another device. It adds itself to the transaction, which writes it."""
+
+    def __init__(self, tx: Transaction, root: Root) -> None:
+        self.tx = tx
+        self.nr_blocks = root.nr_blocks
+        self._nr_allocated = root.nr_allocated
+        self._committed_free = root.nr_blocks - root.nr_allocated
+        self._allocated = 0
+        self._index = Btree(tx, INDEX_ENTRIES, root.index_block)
+        self._ref_counts = Btree(tx, REF_COUNTS, root.ref_counts)
+        self._entries = np.zeros(0, INDEX_ENTRY)
+        self._deltas: dict[int, int] = {}
+        self._given: defaultdict[int, list[int]] = defaultdict(list)
+        """For each bitmap the entries that were given out in this transaction."""
+        self._before: dict[int, int] = {}
+        """Where a bitmap that has changed in this transaction was in the last commit; 0 if nowhere."""
+        self._cursor = 0
+        self._open: tuple[int, bytearray] = -1, bytearray()
+        """The bitmap that blocks are given out of, and 1 for each entry of it that can be."""
+        tx.maps.append(self)
+
+    @classmethod
+    def create(cls, tx: Transaction, nr_blocks: int) -> "DataMap":
+        """The map of a data device with nothing on it. Raises OutOfSpace when its trees have no place."""
+        index, ref_counts = Btree.create(tx, INDEX_ENTRIES).root, Btree.create(tx, REF_COUNTS).root
+        one = cls(tx, Root(0, 0, index, ref_counts))
+        one.extend(nr_blocks)
+        return one
+
+    @classmethod
+    async def open(cls, tx: Transaction, root: bytes) -> "DataMap":
+        """Reads the index. Raises CorruptMetadata."""
+        one = cls(tx, Root.unpack(root))
+        parts = [(keys, np.frombuffer(data, INDEX_ENTRY)) async for keys, data in one._index.arrays()]
+        keys = np.concatenate([keys for keys, _ in parts]) if parts else np.zeros(0, np.uint64)
+        wanted = bitmaps_for(one.nr_blocks)
+        if len(keys) != wanted or (keys != np.arange(wanted, dtype=np.uint64)).any():
+            raise CorruptMetadata(f"the data space map's index has {len(keys)} entries, not those of {wanted} bitmaps")
+        one._entries = np.concatenate([entries for _, entries in parts]) if parts else one._entries
+        return one
+
+    @property
+    def nr_free(self) -> int:
+        """Blocks that were free in the last commit, less those given out since."""
+        return max(self._committed_free - self._allocated, 0)
+
+    @property
+    def changed(self) -> bool:
+        """Whether there is something to write."""
+        return bool(self._deltas or self._before or self._unwritten())
+
+    @property
+    def root(self) -> bytes:
+        """The 32 bytes for the superblock; right after `write`."""
+        return Root(self.nr_blocks, self._nr_allocated, self._index.root, self._ref_counts.root).pack()
+
+    def extend(self, nr_blocks: int) -> None:
+        """Makes it a map of `nr_blocks`, not less than now; the new ones are free."""
+        more = np.zeros(bitmaps_for(nr_blocks) - len(self._entries), INDEX_ENTRY)
+        more["free"] = ENTRIES
+        self._entries = np.concatenate([self._entries, more])
+        self._committed_free += nr_blocks - self.nr_blocks
+        self.nr_blocks = nr_blocks
+        self._open = -1, bytearray()
+
+    def inc(self, block: int) -> None:
+        """One reference more."""
+        self._deltas[block] = self._deltas.get(block, 0) + 1
+
+    def dec(self, block: int) -> None:
+        """One reference less. That it had one is checked when the change is written."""
+        self._deltas[block] = self._deltas.get(block, 0) - 1
+
+    def inc_all(self, blocks: Iterable[int]) -> None:
+        """One reference more for each."""
+        deltas = self._deltas
+        for block in blocks:
+            deltas[block] = deltas.get(block, 0) + 1
+
+    def dec_all(self, blocks: Iterable[int]) -> None:
+        """One reference less for each."""
+        deltas = self._deltas
+        for block in blocks:
+            deltas[block] = deltas.get(block, 0) - 1
+
+    async def count(self, block: int) -> int:
+        """The references to a block now. For who makes changes: not beside a change or a commit."""
+        if block >= self.nr_blocks:
+            raise CorruptMetadata(f"data block {block}: the space map ends with {self.nr_blocks - 1}")
+        number, entry = divmod(block, ENTRIES)
+        where = int(self._entries[number]["block"])
+        found = get_count((await self.tx.store.read(where, BITMAP)).data, entry) if where else 0
+        if found == MANY:
+            found = await self._many(block)
+        return found + self._deltas.get(block, 0)
+
+    async def _many(self, block: int) -> int:
+        count = await self._ref_counts.lookup(block)
+        if count is None:
+            raise CorruptMetadata(f"the reference count of data block {block} is not in its tree")
+        return count
+
+    async def new_block(self) -> int:
+        """Gives out a block, with one reference. Raises OutOfSpace."""
+        if self.nr_free:
+            number, start = divmod(self._cursor, ENTRIES)
+            for _ in range(len(self._entries) + 1):  # the first one twice: from the cursor on, and at last up to it
+                if number == len(self._entries):
+                    number, start = 0, 0
+                if self._entries[number]["free"]:
+                    if self._open[0] != number:
+                        self._open = number, await self._free(number)
+                    entry = self._open[1].find(1, start)
+                    if entry >= 0:
+                        return self._give(number, entry)
+                number, start = number + 1, 0
+        raise OutOfSpace(f"none of the {self.nr_blocks} data blocks is free")
+
+    def _give(self, number: int, entry: int) -> int:
+        self._open[1][entry] = 0
+        self._given[number].append(entry)
+        self._allocated += 1
+        block = number * ENTRIES + entry
+        self._cursor = block + 1
+        self.inc(block)
+        return block
+
+    async def _free(self, number: int) -> bytearray:
+        """1 for each entry of a bitmap that can be given out."""
+        free = await self._counts_at(int(self._entries[number]["block"])) == 0
+        if number in self._before:
+            free &= await self._counts_at(self._before[number]) == 0
+        free[self.nr_blocks - number * ENTRIES :] = False
+        free[self._given.get(number, [])] = False
+        return bytearray(free.tobytes())
+
+    async def _counts_at(self, where: int) -> Counts:
+        if not where:
+            return np.zeros(ENTRIES, np.uint8)
+        return unpack_counts((await self.tx.store.read(where, BITMAP)).data)
+
+    async def make_room(self) -> None:
+        """As WrittenMap.make_room."""
+        if len(self._deltas) > REMEMBERED:
+            await self.write()
+
+    async def write(self) -> None:
+        """As WrittenMap.write."""
+        changes: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
+        for block, delta in self._deltas.items():
+            if block >= self.nr_blocks:
+                raise CorruptMetadata(f"data block {block} is referred to; the space map ends with {self.nr_blocks - 1}")
+            if delta:
+                changes[block // ENTRIES].append((block, delta))
+        for number in self._unwritten():
+            changes[number] += []
+        await self.tx.store.read_ahead([int(self._entries[number]["block"]) for number in changes], BITMAP)
+        for number in sorted(changes):
+            await self._change(number, changes[number])
+        self._deltas.clear()
+
+    def _unwritten(self) -> list[int]:
+        """The bitmaps that are not on the disk yet."""
+        return np.flatnonzero(self._entries["block"] == 0).tolist()
+
+    async def _change(self, number: int, changes: list[tuple[int, int]]) -> None:
+        """Writes the changed counts of one bitmap."""
+        where, free, none_before = (int(value) for value in self._entries[number])
+        self._before.setdefault(number, where)
+        bitmap = await self._shadow(where)
+        first = number * ENTRIES
+        for block, delta in changes:
+            old = get_count(bitmap.data, block - first)
+            if old == MANY:
+                old = await self._many(block)
+            new = old + delta
+            if new < 0:
+                raise CorruptMetadata(f"data block {block}: {-delta} references are taken from its {old}")
+            if old >= MANY or new >= MANY:
+                await self._change_many(block, old, new)
+                self.tx.store.touch(bitmap)
+            set_count(bitmap.data, block - first, new)
+            freed = (new == 0) - (old == 0)
+            free += freed
+            self._nr_allocated -= freed
+            if freed > 0:
+                none_before = min(none_before, block - first)
+        if free and (none_before >= ENTRIES or get_count(bitmap.data, none_before)):
+            none_before = first_free(unpack_counts(bitmap.data))
+        entry = Entry(bitmap.number, free, none_before if free else ENTRIES)
+        self._entries[number] = entry
+        await self._index.insert_part(number, entry)
+
+    async def _shadow(self, where: int) -> Block:
+        if not where:
+            return self.tx.allocate(BITMAP)
+        bitmap, _ = await self.tx.shadow(where, BITMAP)
+        return bitmap
+
+    async def _change_many(self, block: int, old: int, new: int) -> None:
+        """Changes a count in the tree."""
+        if new >= MANY:
+            await self._ref_counts.insert_part(block, new)
+        elif old >= MANY:
+            await self._ref_counts.remove_part(block, block + 1)
+
+    def committed(self) -> None:
+        """As WrittenMap.committed: what was freed is free from now on."""
+        self._committed_free = self.nr_blocks - self._nr_allocated
+        self._allocated = 0
+        self._given.clear()
+        self._before.clear()
+        self._open = -1, bytearray()

@@ -1,0 +1,154 @@
+"""A pool of thin metadata, as little of it as the library's tests need: superblock, mappings, details (reference g.2).
+
+`Pool` is changed by the tests' operations and keeps, in `model`, what must be in it.
+"""
+
+import subprocess
+from pathlib import Path
+from struct import Struct
+from typing import Final
+
+from nbdmap.block.device import Device
+from nbdmap.persist.blocks import BLOCK, BlockStore, seal, verify
+from nbdmap.persist.btree import Btree
+from nbdmap.persist.data_map import DataMap
+from nbdmap.persist.forest import Forest
+from nbdmap.persist.lookup import Values, pack_u64, unpack_int
+from nbdmap.persist.metadata_map import MetadataMap
+from nbdmap.persist.transaction import Transaction
+
+SALT: Final = 160774
+_HEAD: Final = Struct("<IIQ16sQIIQQ")
+_TAIL: Final = Struct("<QQIIQIII")
+_DETAILS: Final = Struct("<QQII")
+Details = tuple[int, int, int, int]
+DETAILS: Final = Values[Details](24, lambda value: _DETAILS.pack(*value), _DETAILS.unpack)
+TIME_BITS: Final = 24
+
+
+class Pool:
+    """Thin metadata on `device`: made by `create`, or read by `open`."""
+
+    def __init__(self, device: Device, cache: int) -> None:
+        self.store = BlockStore(device, cache)
+        self.time = 0
+        self.transaction = 0
+        self.held_root = 0
+        self.flags = 0
+        self.model: dict[int, dict[int, int]] = {}
+
+    @classmethod
+    async def create(cls, device: Device, data_blocks: int = 1000, cache: int = 1024) -> "Pool":
+        pool = cls(device, cache)
+        pool.space = MetadataMap.create(pool.store.nr_blocks)
+        pool.tx = Transaction(pool.store, pool.space)
+        pool.data = DataMap.create(pool.tx, data_blocks)
+        pool.forest = Forest.create(pool.tx, pool.mappings())
+        pool.details = Btree.create(pool.tx, DETAILS)
+        await pool.commit()
+        return pool
+
+    @classmethod
+    async def open(cls, device: Device, cache: int = 1024) -> "Pool":
+        pool = cls(device, cache)
+        block = await pool.store.read_raw(0)
+        verify(block, 0, SALT, "superblock")
+        _, pool.flags, _, _, magic, version, pool.time, pool.transaction, pool.held_root = _HEAD.unpack_from(block)
+        assert (magic, version) == (27022010, 2)
+        mappings, details, *_ = _TAIL.unpack_from(block, 320)
+        pool.space = await MetadataMap.open(pool.store, block[192:224])
+        pool.tx = Transaction(pool.store, pool.space)
+        pool.data = await DataMap.open(pool.tx, block[64:96])
+        pool.forest = Forest(pool.tx, pool.mappings(), mappings)
+        pool.details = Btree(pool.tx, DETAILS, details)
+        return pool
+
+    space: MetadataMap
+    tx: Transaction
+    data: DataMap
+    forest: Forest[int]
+    details: Btree[Details]
+
+    def mappings(self) -> Values[int]:
+        return Values(
+            8,
+            pack_u64,
+            unpack_int,
+            inc=lambda values: self.data.inc_all(value >> TIME_BITS for value in values),
+            dec=lambda values: self.data.dec_all(value >> TIME_BITS for value in values),
+        )
+
+    def superblock(self) -> bytes:
+        block = bytearray(BLOCK)
+        _HEAD.pack_into(block, 0, 0, self.flags, 0, bytes(16), 27022010, 2, self.time, self.transaction, self.held_root)
+        block[64:96] = self.data.root
+        block[192:224] = self.space.root
+        _TAIL.pack_into(block, 320, self.forest.root, self.details.root, 128, 8, self.store.nr_blocks, 0, 0, 0)
+        seal(block, 0, SALT)
+        return bytes(block)
+
+    async def commit(self) -> None:
+        await self.tx.commit(self.superblock)
+
+    # --- what thin does ----------------------------------------------------------------------------------------------
+
+    async def create_thin(self, identity: int) -> None:
+        await self.forest.add(identity)
+        await self.details.insert(identity, (0, self.transaction, self.time, self.time))
+        self.model[identity] = {}
+
+    async def create_snap(self, identity: int, origin: int) -> None:
+        await self.forest.share(identity, origin)
+        self.time += 1
+        mapped, made, created, _ = await self.of(origin)
+        await self.details.insert(origin, (mapped, made, created, self.time))
+        await self.details.insert(identity, (mapped, self.transaction, self.time, self.time))
+        self.model[identity] = dict(self.model[origin])
+
+    async def delete(self, identity: int) -> None:
+        await self.forest.remove(identity)
+        await self.details.remove(identity)
+        del self.model[identity]
+
+    async def of(self, identity: int) -> Details:
+        details = await self.details.lookup(identity)
+        assert details is not None
+        return details
+
+    async def count(self, identity: int, more: int) -> None:
+        if more:
+            mapped, *rest = await self.of(identity)
+            await self.details.insert(identity, (mapped + more, rest[0], rest[1], rest[2]))
+
+    async def provision(self, identity: int, key: int) -> None:
+        """Maps a virtual block to a new data block, in place of an old one if there is one."""
+        value = await self.data.new_block() << TIME_BITS | self.time
+        new = await self.forest.insert(identity, key, value)
+        await self.count(identity, new)
+        self.model[identity][key] = value
+
+    async def discard(self, identity: int, first: int, end: int) -> None:
+        removed = await self.forest.remove_range(identity, first, end)
+        await self.count(identity, -removed)
+        model = self.model[identity]
+        gone = [key for key in model if first <= key < end]
+        assert len(gone) == removed
+        for key in gone:
+            del model[key]
+
+    async def contents(self) -> dict[int, dict[int, int]]:
+        """What is in it, read."""
+        found = {}
+        async for identity, _ in self.forest.roots():
+            tree = await self.forest.tree(identity)
+            assert tree is not None
+            found[identity] = {key: value async for key, value in tree.items()}
+        return found
+
+
+def thin_check(image: bytes, directory: Path) -> tuple[int, str]:
+    """What thin-provisioning-tools say of the metadata: exit status and words."""
+    path = directory / "metadata"
+    path.write_bytes(image)
+    done = subprocess.run(["thin_check", str(path)], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
