@@ -65,6 +65,30 @@ class Unsupported(NbdmapError):
     errno = _errno.EOPNOTSUPP
 
 
+class Exists(NbdmapError):
+    """What is to be made is there already."""
+
+    errno = _errno.EEXIST
+
+
+class NoData(NbdmapError):
+    """The metadata has nothing under the number that was named."""
+
+    errno = _errno.ENODATA
+
+
+class NotPermitted(NbdmapError):
+    """The mode that was asked for forbids it."""
+
+    errno = _errno.EPERM
+
+
+class Requeue(NbdmapError):
+    """Not a failure: a request that a target hands back while its device is being held, to run when it is let in again."""
+
+    errno = _errno.EAGAIN
+
+
 class TooLarge(NbdmapError):
     """A number or a request exceeds its limit."""
 

@@ -142,8 +142,9 @@ def stats(session: Session, words: Sequence[str]) -> None:
 
 def _lines(session: Session, verb: str, device: Mapping[str, str]) -> list[Data]:
     """`table` or `status` of one device or all, without keys unless --showkeys."""
+    noflush = {"noflush": True} if verb == "status" and "noflush" in session.options else {}
     try:
-        found = session.server.call(verb, {**device, **session.inactive()})
+        found = session.server.call(verb, {**device, **session.inactive(), **noflush})
     except Refused as error:
         if verb == "status" and error.errno:
             raise CommandFailed("Device does not exist.") from error

@@ -314,7 +314,7 @@ class Mapper:
                 failures.append(IoFailed(f"{name}: {error}", number))
 
         for device in self.top_down():
-            if not device.suspended:
+            if not (device.suspended or device.held):
                 await attempt(device.name, device.suspend())
             device.openers = 0
             device.deferred_remove = False

@@ -183,8 +183,12 @@ class Verbs:
         """The table of one device, or of all."""
         return [self._lines(device, inactive, Table.table_lines) for device in self._devices(name, uuid)]
 
-    async def status(self, name: str = "", uuid: str = "", inactive: bool = False) -> list[Data]:
-        """What the targets of one device, or of all, say of themselves."""
+    async def status(self, name: str = "", uuid: str = "", inactive: bool = False, noflush: bool = False) -> list[Data]:
+        """What the targets of one device, or of all, say of themselves; unless `noflush`, they write what they have not."""
+        for device in self._devices(name, uuid):
+            if not (noflush or inactive or device.suspended):
+                for target in device.targets:
+                    await target.refresh_status()
         return [self._lines(device, inactive, Table.status_lines) for device in self._devices(name, uuid)]
 
     def _lines(self, device: MappedDevice, inactive: bool, read: Callable[[Table], list[TargetLine]]) -> Data:

@@ -19,7 +19,7 @@ from nbdmap.block.io import DONE, FLUSH, Deferred, Failed, Io, Op, Pending, run_
 from nbdmap.dm.args import Args
 from nbdmap.dm.table import Table, TableLine
 from nbdmap.dm.target import Opener, Target
-from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, NoSuchDevice
+from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, NoSuchDevice, Requeue
 
 _NO_LIMITS = Limits()
 
@@ -60,6 +60,9 @@ class MappedDevice(Device):
         self._idle: asyncio.Future[None] | None = None  # set while a suspend waits for the last request in flight
         self._event: asyncio.Future[None] | None = None  # what `wait` waits for
         self._admin = asyncio.Lock()
+        self._kept = ""  # the type of its target, if that is immutable
+        self._held = False  # `hold` has the lock, until `let_go`
+        self._suspended = False
         self._gone = False  # closed
 
     # --- the data path ---------------------------------------------------------------------------------------------
@@ -81,16 +84,21 @@ class MappedDevice(Device):
         if isinstance(pending, Deferred):
             pending.then(partial(self._ended, table, io))
             return pending
-        return self._track(table, io, pending)
+        return self._track(table, io, pending, offset)
 
     async def _submit_later(self, io: Io, offset: int) -> None:
         while self._gate is not None:
             await asyncio.shield(self._gate)
         await self.submit(io, offset)
 
-    async def _track(self, table: Table, io: Io, pending: Pending) -> None:
+    async def _track(self, table: Table, io: Io, pending: Pending, offset: int) -> None:
         try:
             await pending
+        except Requeue:
+            self.requests[io.op] -= 1
+            self._out(table)
+            await self._submit_later(io, offset)
+            return
         except BaseException as error:
             self._ended(table, io, error)
             raise
@@ -126,19 +134,34 @@ class MappedDevice(Device):
 
     @property
     def suspended(self) -> bool:
-        """Whether new requests are being held."""
-        return self._gate is not None
+        """Whether `suspend` holds new requests."""
+        return self._suspended
+
+    @property
+    def held(self) -> bool:
+        """Whether a device below holds its requests, as that one is suspended."""
+        return self._held
+
+    @property
+    def targets(self) -> Sequence[Target]:
+        """Those of the live table."""
+        return self.live.targets if self.live is not None else ()
 
     async def load(self, lines: Sequence[TableLine], opener: Opener, read_only: bool) -> None:
         """Builds a table into the inactive slot, in place of what is there. On any error nothing has changed."""
         async with self._admin:
             self._check_there()
-            table = await Table.build(lines, self._types, opener, read_only, self.event)
+            table = await Table.build(lines, self._types, opener, read_only, self.event, self)
             for device in table.devices:
                 if path := _path_to(device, self):
                     await table.close()
                     names = " on ".join(one.name for one in [self, *path])
                     raise InvalidArgument(f"the table would make {self.name} stand on itself: {names}")
+            if self._kept and lines[0].type_name not in (self._kept, "error"):
+                await table.close()
+                raise InvalidArgument(f"{self.name} is a {self._kept} and stays one")
+            if table.targets[0].immutable:
+                self._kept = table.targets[0].type_name
             old, self.inactive = self.inactive, table
             self.loaded = True
             if old is not None:
@@ -166,17 +189,15 @@ class MappedDevice(Device):
             raise NoSuchDevice(f"{self.name} was removed")
 
     async def _suspend(self, noflush: bool) -> None:
-        if self._gate is not None:
+        if self._suspended:
             return
-        table = self.live
-        targets = table.targets if table else []
+        table, targets = self.live, self.targets
         self._gate = asyncio.get_running_loop().create_future()
+        self._suspended = True
         try:
             for target in targets:
                 await target.presuspend(noflush)
-            if table is not None and table.in_flight:
-                self._idle = asyncio.get_running_loop().create_future()
-                await self._idle
+            await self._wait_idle()
             if table is not None and not noflush and not table.read_only:
                 await run_all([device.submit(Io(FLUSH, 0), 0) for device in _to_flush(table)])
             for target in targets:
@@ -186,10 +207,46 @@ class MappedDevice(Device):
                 await target.resume()
             self._release()
             raise
-        finally:
-            self._idle = None
+
+    async def _wait_idle(self) -> None:
+        """Ends when no request of the live table is in flight."""
+        if self.live is not None and self.live.in_flight:
+            self._idle = asyncio.get_running_loop().create_future()
+            try:
+                await self._idle
+            finally:
+                self._idle = None
+
+    async def hold(self) -> None:
+        """Suspends the device from inside, for a device below it that is being suspended, without a flush.
+
+        New requests wait until `let_go`, and so does everything that `suspend` would have to wait for; one that is suspended
+        already stays so afterwards. Ends when no request is in flight. If it is cancelled nothing is held.
+        """
+        await self._admin.acquire()
+        self._held = True
+        try:
+            if not self._suspended:
+                self._gate = asyncio.get_running_loop().create_future()
+                for target in self.targets:
+                    await target.presuspend(True)
+                await self._wait_idle()
+        except BaseException:
+            self.let_go()
+            raise
+
+    def let_go(self) -> None:
+        """Ends a `hold`."""
+        self._held = False
+        if not self._suspended:
+            self._open_gate()
+        self._admin.release()
 
     def _release(self) -> None:
+        self._suspended = False
+        self._open_gate()
+
+    def _open_gate(self) -> None:
         gate, self._gate = self._gate, None
         if gate is not None:
             gate.set_result(None)
@@ -210,7 +267,7 @@ class MappedDevice(Device):
                 self.live = table
                 if old is not None:
                     await old.close()
-            elif self._gate is None:
+            elif not self._suspended:
                 return
             elif self.live is None:
                 raise InvalidArgument(f"{self.name} has no table to resume")
@@ -239,18 +296,24 @@ class MappedDevice(Device):
         await to_the_end(self._close())
 
     async def _close(self) -> None:
-        async with self._admin:
-            self._gone = True
-            tables = [table for table in (self.inactive, self.live) if table is not None]
-            self.inactive = self.live = None
-            self.size = 0
-            self._release()
-            try:
-                for table in tables:
-                    await table.close()
-            finally:
-                self.event_number += 1
-                self._wake()
+        if self._held:  # and quiet; whoever holds it has the lock
+            await self._drop()
+        else:
+            async with self._admin:
+                await self._drop()
+
+    async def _drop(self) -> None:
+        self._gone = True
+        tables = [table for table in (self.inactive, self.live) if table is not None]
+        self.inactive = self.live = None
+        self.size = 0
+        self._release()
+        try:
+            for table in tables:
+                await table.close()
+        finally:
+            self.event_number += 1
+            self._wake()
 
     # --- events ----------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from nbdmap.block.device import Device, Extent, Limits
 from nbdmap.block.io import DISCARD, FLUSH, WRITE_ZEROES, Failed, Io, Pending, run_all, to_the_end
 from nbdmap.dm.args import Args, parse_number, split_words
-from nbdmap.dm.target import Opened, Opener, Spec, Target, merge_limits
+from nbdmap.dm.target import Opened, Opener, Owner, Spec, Target, merge_limits
 from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, Unsupported
 from nbdmap.units import MAX_SIZE, SECTOR, round_up
 
@@ -110,8 +110,9 @@ class Table:
         opener: Opener,
         read_only: bool,
         raise_event: Callable[[], None],
+        owner: Owner | None = None,
     ) -> "Table":
-        """Constructs every target of `lines`; `raise_event` is what they call for a table event.
+        """Constructs every target of `lines`; `raise_event` is what they call for a table event, `owner` whom it is for.
 
         On any failure everything opened is given back and the error, which names line, target and word, is raised.
         """
@@ -123,8 +124,11 @@ class Table:
                 kind = types.get(line.type_name)
                 if kind is None:
                     raise InvalidArgument(f"line {line.number}: unknown target type {line.type_name!r}")
+                if kind.singleton and (len(lines) > 1 or read_only):
+                    wrong = "must be the only target of a table" if len(lines) > 1 else "needs a table that is not read-only"
+                    raise InvalidArgument(f"line {line.number}: {line.type_name} {wrong}")
                 begin, length = line.start_sectors * SECTOR, line.length_sectors * SECTOR
-                spec = Spec(begin, length, opened, raise_event)
+                spec = Spec(begin, length, opened, raise_event, owner)
                 try:
                     targets.append(await kind.construct(spec, Args(split_words(line.params))))
                 except NbdmapError as error:

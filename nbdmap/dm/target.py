@@ -4,7 +4,7 @@ A target stands at `begin`..`end` (bytes) of its table and is asked in device co
 of the mapped device, so a target that shifts subtracts its own begin once, when it is made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol, Self
 
 from nbdmap.block.device import Device, Extent, Limits
@@ -60,11 +60,31 @@ class Opened:
             await self._opener.release(self._devices.pop())
 
 
-class Spec:
-    """What a target's constructor is told: its range in bytes, the table's mode, how to open devices, and what to call
-    to raise a table event."""
+class Owner(Protocol):
+    """The mapped device that a table is for, as a target of another device may use it that this one stands on."""
 
-    def __init__(self, begin: int, length: int, opened: "Opened", raise_event: Callable[[], None]) -> None:
+    @property
+    def targets(self) -> "Sequence[Target]":
+        """The targets of its live table."""
+        ...
+
+    async def hold(self) -> None:
+        """Suspends it from inside, without a flush, until `let_go`: new requests and new suspends wait."""
+        ...
+
+    def let_go(self) -> None:
+        """Ends one `hold`."""
+        ...
+
+
+class Spec:
+    """What a target's constructor is told: its range in bytes, the table's mode, how to open devices, what to call
+    to raise a table event, and the device that the table is for."""
+
+    def __init__(
+        self, begin: int, length: int, opened: "Opened", raise_event: Callable[[], None], owner: Owner | None = None
+    ) -> None:
+        self.owner = owner
         self.begin = begin
         self.length = length
         self.read_only = opened.read_only
@@ -79,6 +99,10 @@ class Target:
     version: ClassVar[tuple[int, int, int]]
     flushed: ClassVar[bool] = True
     """Whether a flush of the mapped device must reach the devices below this target."""
+    singleton: ClassVar[bool] = False
+    """Whether it must be the only target of its table, which must not be read-only."""
+    immutable: ClassVar[bool] = False
+    """Whether a device that has it keeps this type: no table of another type, but error, may follow."""
     takes_flush: ClassVar[bool] = False
     """Whether that flush comes to `submit`, with the target's begin as offset, instead of going straight to those devices."""
 
@@ -116,6 +140,9 @@ class Target:
     def status(self) -> str:
         """The words of its status line."""
         return ""
+
+    async def refresh_status(self) -> None:
+        """What is to be done before `status` is asked for by someone who wants the state of the disk: a commit, if any."""
 
     async def message(self, args: Args) -> str:
         """Obeys a message and returns the answer's text, mostly none."""

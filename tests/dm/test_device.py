@@ -5,11 +5,11 @@ from typing import ClassVar
 
 import pytest
 
-from nbdmap.block.io import READ, WRITE, Io
+from nbdmap.block.io import READ, WRITE, Io, Pending
 from nbdmap.dm.args import Args
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
-from nbdmap.errors import InvalidArgument, IoFailed, NoSuchDevice
+from nbdmap.errors import InvalidArgument, IoFailed, NoSuchDevice, Requeue
 from nbdmap.targets import TARGETS
 from nbdmap.targets.linear import Linear
 from tests.support.disks import FakeDisk, FakeOpener, Uevents, eio, mapped, read, write
@@ -367,3 +367,82 @@ async def test_what_waited_for_a_removed_device_comes_too_late() -> None:
         with pytest.raises(NoSuchDevice, match="d was removed"):
             await late
     assert disk.openers == 0
+
+
+async def test_held_by_a_device_below() -> None:
+    """As the kernel's internal suspend: requests and suspends wait, the state that is shown stays ACTIVE."""
+    disk = FakeDisk("7:0")
+    device = await mapped("d", "0 64 linear 7:0 0", disk)
+    await device.hold()
+    assert (device.held, device.suspended) == (True, False)
+    request = asyncio.ensure_future(write(device, 0, b"a" * 512))
+    suspend = asyncio.ensure_future(device.suspend())
+    await asyncio.sleep(0)
+    assert disk.log == []
+    assert not suspend.done()
+    device.let_go()
+    await suspend
+    assert device.suspended
+    await device.resume()
+    await request
+    await device.suspend()
+    await device.hold()
+    device.let_go()
+    assert device.suspended
+    await device.hold()
+    await device.close()  # does not wait for who holds it
+    device.let_go()
+
+
+async def test_what_a_held_device_hands_back_runs_later() -> None:
+    class Parked(Linear):
+        type_name = "parked"
+        held = asyncio.Event()
+        handed_back = 0
+
+        def submit(self, io: Io, offset: int) -> Pending:
+            return super().submit(io, offset) if self.handed_back else self._park()
+
+        async def _park(self) -> None:
+            await self.held.wait()
+            Parked.handed_back += 1
+            raise Requeue("d is held")
+
+        async def presuspend(self, noflush: bool) -> None:
+            assert noflush
+            self.held.set()
+
+    disk = FakeDisk("7:0")
+    device = MappedDevice("d", "", "254:0", {"parked": Parked}, Uevents())
+    await device.load(parse_table("0 64 parked 7:0 0"), FakeOpener(disk), False)
+    await device.resume()
+    request = asyncio.ensure_future(write(device, 0, b"a" * 512))
+    await asyncio.sleep(0)
+    await device.hold()
+    assert (Parked.handed_back, disk.log) == (1, [])
+    device.let_go()
+    await request
+    assert disk.bytes[:512] == b"a" * 512
+    assert device.requests[WRITE] == 1
+
+
+async def test_an_immutable_type_stays() -> None:
+    class Fixed(Linear):
+        type_name = "fixed"
+        singleton = True
+        immutable = True
+
+    device = MappedDevice("d", "", "254:0", {**TARGETS, "fixed": Fixed}, Uevents())
+    opener = FakeOpener(FakeDisk("7:0"))
+    for table, read_only, complaint in (
+        ("0 8 fixed 7:0 0\n8 8 zero", False, "line 1: fixed must be the only target of a table"),
+        ("0 8 zero\n8 8 fixed 7:0 0", False, "line 2: fixed must be the only target of a table"),
+        ("0 8 fixed 7:0 0", True, "fixed needs a table that is not read-only"),
+    ):
+        with pytest.raises(InvalidArgument, match=complaint):
+            await device.load(parse_table(table), opener, read_only)
+    await device.load(parse_table("0 8 fixed 7:0 0"), opener, False)
+    with pytest.raises(InvalidArgument, match="d is a fixed and stays one"):
+        await device.load(parse_table("0 8 zero"), opener, False)
+    await device.load(parse_table("0 8 error"), opener, False)
+    await device.load(parse_table("0 8 fixed 7:0 0"), opener, False)
