@@ -59,6 +59,18 @@ class AccessRefused(NbdmapError):
     errno = _errno.EACCES
 
 
+class PassphraseRefused(NbdmapError):
+    """A passphrase that opens no key slot."""
+
+    errno = _errno.EPERM
+
+
+class NoKey(NbdmapError):
+    """There is no key where one is needed."""
+
+    errno = _errno.ENOKEY
+
+
 class Unsupported(NbdmapError):
     """The device below cannot do this operation."""
 

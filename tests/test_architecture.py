@@ -11,7 +11,7 @@ FLOORS = [
     {"errors"},
     {"units", "layout"},
     {"nbd", "ciphers"},
-    {"block"},
+    {"block", "luks"},
     {"dm", "persist"},
     {"targets"},
     {"control", "server"},

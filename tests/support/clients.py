@@ -19,6 +19,7 @@ PACKAGES: Final = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "fio": "fio",
+    "cryptsetup": "cryptsetup-bin",
     "losetup": "mount",
     "mkfs.ext4": "e2fsprogs",
     "e2fsck": "e2fsprogs",
