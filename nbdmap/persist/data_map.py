@@ -74,6 +74,8 @@ class DataMap:
         parts = [(keys, np.frombuffer(data, INDEX_ENTRY)) async for keys, data in one._index.arrays()]
         keys = np.concatenate([keys for keys, _ in parts]) if parts else np.zeros(0, np.uint64)
         wanted = bitmaps_for(one.nr_blocks)
+        if one._nr_allocated > one.nr_blocks:
+            raise CorruptMetadata(f"the data space map has {one._nr_allocated} blocks in use of {one.nr_blocks}")
         if len(keys) != wanted or (keys != np.arange(wanted, dtype=np.uint64)).any():
             raise CorruptMetadata(f"the data space map's index has {len(keys)} entries, not those of {wanted} bitmaps")
         one._entries = np.concatenate([entries for _, entries in parts]) if parts else one._entries

@@ -13,6 +13,7 @@ from array import array
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from nbdmap.errors import CorruptMetadata, OutOfSpace
 from nbdmap.persist.blocks import BLOCK, MAX_BLOCKS, BlockStore, BlockType
@@ -36,6 +37,14 @@ from nbdmap.persist.transaction import Transaction
 INDEX: Final = BlockType("metadata space-map index", 160478)
 MAX_BITMAPS: Final = 255
 _INDEX_START: Final = 16
+
+
+async def read_index(store: BlockStore, root: Root) -> npt.NDArray[np.void]:
+    """The index entries of the map with this root."""
+    if root.nr_blocks > MAX_BLOCKS:
+        raise CorruptMetadata(f"the metadata space map has {root.nr_blocks} blocks, the most there can be is {MAX_BLOCKS}")
+    index = await store.read(root.index_block, INDEX)
+    return np.frombuffer(index.data, INDEX_ENTRY, bitmaps_for(root.nr_blocks), _INDEX_START).copy()
 
 
 class MetadataMap:
@@ -73,20 +82,17 @@ class MetadataMap:
     @classmethod
     async def open(cls, store: BlockStore, root: bytes) -> "MetadataMap":
         """Reads the whole map. Raises CorruptMetadata."""
-        nr_blocks, nr_allocated, index, ref_counts = Root.unpack(root)
-        if nr_blocks > MAX_BLOCKS:
-            raise CorruptMetadata(f"the metadata space map has {nr_blocks} blocks, the most there can be is {MAX_BLOCKS}")
-        one = cls(nr_blocks)
-        one._index, one._ref_counts = index, ref_counts
+        found = Root.unpack(root)
+        entries = await read_index(store, found)
+        one = cls(found.nr_blocks)
+        one._index, one._ref_counts = found.index_block, found.ref_counts
+        one._entries = [Entry(*entry) for entry in entries.tolist()]
         await one._read(store)
-        if one._in_use != nr_allocated:
-            raise CorruptMetadata(f"the metadata space map has {one._in_use} blocks in use, its root says {nr_allocated}")
+        if one._in_use != found.nr_allocated:
+            raise CorruptMetadata(f"the metadata space map has {one._in_use} blocks in use, its root says {found.nr_allocated}")
         return one
 
     async def _read(self, store: BlockStore) -> None:
-        index = await store.read(self._index, INDEX)
-        entries = np.frombuffer(index.data, INDEX_ENTRY, bitmaps_for(self.nr_blocks), _INDEX_START)
-        self._entries = [Entry(*entry) for entry in entries.tolist()]
         await store.read_ahead([entry.block for entry in self._entries], BITMAP)
         counts = np.zeros(len(self._entries) * ENTRIES, np.uint32)
         for number, entry in enumerate(self._entries):

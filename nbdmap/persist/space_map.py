@@ -8,13 +8,14 @@ which has the counts above 2. An index has, for each bitmap block, where it is a
     root           u64 blocks, u64 blocks with a count, u64 index, u64 root of the tree of reference counts
 """
 
+from dataclasses import dataclass
 from struct import Struct
-from typing import Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from nbdmap.errors import CorruptMetadata
+from nbdmap.layout import Record
 from nbdmap.persist.blocks import BLOCK, BlockType
 from nbdmap.persist.lookup import Values, unpack_int
 
@@ -23,9 +24,7 @@ ENTRIES: Final = (BLOCK - 16) * 4
 MANY: Final = 3
 """Entries from this count on are in the tree."""
 BITMAP: Final = BlockType("space-map bitmap", 240779)
-ROOT_SIZE: Final = 32
 _BITS: Final = 16
-_ROOT: Final = Struct("<QQQQ")
 _ENTRY: Final = Struct("<QII")
 INDEX_ENTRY: Final = np.dtype([("block", "<u8"), ("free", "<u4"), ("none_before", "<u4")])
 
@@ -38,25 +37,14 @@ _SHIFTS: Final = np.array([0, 2, 4, 6], np.uint8)
 Counts = npt.NDArray[np.uint8]
 
 
-class Root(NamedTuple):
-    """What a superblock has of a space map."""
+@dataclass(frozen=True)
+class Root(Record, order="<"):
+    """What a superblock has of a space map; 32 bytes."""
 
-    nr_blocks: int
-    nr_allocated: int
-    index_block: int
-    ref_counts: int
-
-    def pack(self) -> bytes:
-        """Its 32 bytes."""
-        return _ROOT.pack(*self)
-
-    @classmethod
-    def unpack(cls, data: bytes) -> "Root":
-        """Reads it from the first 32 bytes of `data`. Raises CorruptMetadata when the numbers cannot be."""
-        root = cls(*_ROOT.unpack_from(data))
-        if root.nr_allocated > root.nr_blocks:
-            raise CorruptMetadata(f"a space map's root has {root.nr_allocated} blocks in use of {root.nr_blocks}")
-        return root
+    nr_blocks: Annotated[int, "Q"]
+    nr_allocated: Annotated[int, "Q"]
+    index_block: Annotated[int, "Q"]
+    ref_counts: Annotated[int, "Q"]
 
 
 class Entry(NamedTuple):

@@ -8,13 +8,18 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
+import numpy as np
+
 from nbdmap.block.device import Device
+from nbdmap.errors import CorruptMetadata
 from nbdmap.persist.blocks import BLOCK, BlockStore, seal, verify
 from nbdmap.persist.btree import Btree
+from nbdmap.persist.check import Check, count_references
 from nbdmap.persist.data_map import DataMap
 from nbdmap.persist.forest import Forest
 from nbdmap.persist.lookup import Values, pack_u64, unpack_int
 from nbdmap.persist.metadata_map import MetadataMap
+from nbdmap.persist.node import U64Array, values
 from nbdmap.persist.transaction import Transaction
 
 SALT: Final = 160774
@@ -152,3 +157,31 @@ def thin_check(image: bytes, directory: Path) -> tuple[int, str]:
     path.write_bytes(image)
     done = subprocess.run(["thin_check", str(path)], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
+
+
+async def check(device: Device) -> Check:
+    """The library's own check of a pool's metadata."""
+    store = BlockStore(device)
+    found = Check(store)
+    block = await store.read_raw(0)
+    try:
+        verify(block, 0, SALT, "superblock")
+    except CorruptMetadata as error:
+        found.errors.add(str(error))
+        return found
+    mappings, details, *_ = _TAIL.unpack_from(block, 320)
+    roots: list[int] = []
+    data: list[U64Array] = []
+    found.own(0)
+    await found.tree("devices", mappings, 8, lambda leaf: roots.extend(np.frombuffer(values(leaf), np.uint64).tolist()))
+    for root in roots:
+        await found.tree(
+            "mappings", root, 8, lambda leaf: data.append(np.frombuffer(values(leaf), np.uint64) >> np.uint64(TIME_BITS))
+        )
+    await found.tree("details", details, 24)
+    data_map, metadata_map = await found.data_map(block[64:96]), await found.metadata_map(block[192:224])
+    if data_map and not found.errors:
+        await found.compare(data_map, *count_references(data))
+    if metadata_map and not found.errors:
+        await found.compare_metadata(metadata_map)
+    return found
