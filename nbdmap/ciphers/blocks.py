@@ -11,16 +11,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from nbdmap.ciphers import libgcrypt
+from nbdmap.ciphers.arrays import Bytes
 from nbdmap.errors import InvalidArgument, NotFound
-
-Bytes = npt.NDArray[np.uint8]
-Words = npt.NDArray[np.uint64]
-
-SPARE: Final = 16
-"""Bytes that `cryptography` wants a target to have beyond what it fills."""
 
 
 class Block(Protocol):
@@ -53,9 +46,22 @@ class Aes:
         self.decrypt = cipher.decryptor().update_into
 
 
-KEY_SIZES: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType({"aes": (16, 24, 32)})
+class Null:
+    """cipher_null: no encryption at all."""
+
+    size = 1
+
+    def encrypt(self, source: Bytes, target: Bytes) -> None:
+        target[: source.size] = source.reshape(-1)
+
+    decrypt = encrypt
+
+
+KEY_SIZES: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
+    {"aes": (16, 24, 32), "cipher_null": (0,)} | libgcrypt.KEY_SIZES
+)
 """The ciphers and the bytes that their keys may have."""
-BLOCK_SIZES: Final[Mapping[str, int]] = MappingProxyType({"aes": 16})
+BLOCK_SIZES: Final[Mapping[str, int]] = MappingProxyType({"aes": 16, "cipher_null": 1} | libgcrypt.BLOCK_SIZES)
 
 
 def check_key_size(cipher: str, size: int) -> None:
@@ -68,6 +74,10 @@ def check_key_size(cipher: str, size: int) -> None:
 
 
 def make_block(cipher: str, key: bytes) -> Block:
-    """`cipher` with `key`. Raises as check_key_size does."""
+    """`cipher` with `key`. Raises as check_key_size does, and NotFound where libgcrypt is missing."""
     check_key_size(cipher, len(key))
-    return Aes(key)
+    if cipher == "aes":
+        return Aes(key)
+    if cipher == "cipher_null":
+        return Null()
+    return libgcrypt.Gcrypt(cipher, key)

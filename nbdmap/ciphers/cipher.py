@@ -14,11 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from nbdmap.ciphers.blocks import Bytes, Words, make_block
-from nbdmap.ciphers.ivs import make_ivs
-from nbdmap.ciphers.modes import PIECE, Cbc, Ecb, Mode, Xts
+from nbdmap.ciphers.arrays import Bytes, Words
+from nbdmap.ciphers.keyed import make_keyed
+from nbdmap.ciphers.modes import PIECE
 from nbdmap.ciphers.spec import CipherSpec
-from nbdmap.errors import InvalidArgument, NotFound
 from nbdmap.units import SECTOR
 
 Buffer = bytes | bytearray | memoryview
@@ -44,10 +43,7 @@ class SectorCipher:
         self._step = sector_size // SECTOR
         self._shift = np.uint64(self._step.bit_length() - 1 if large_sectors else 0)
         self._mask = spec.key_count - 1
-        size = len(key) // spec.key_count
-        self._keyed = [
-            _Keyed(spec, key[number * size : number * size + size], sector_size) for number in range(spec.key_count)
-        ]
+        self._keyed = make_keyed(spec, key, sector_size)
         self._room = np.empty(max(PIECE, sector_size), np.uint8)
 
     def encrypt(self, sector: int, source: Buffer, target: Any) -> None:
@@ -120,40 +116,13 @@ class SectorCipher:
     def _run(self, numbers: Words, source: Bytes, target: Bytes, encrypt: bool) -> None:
         """At most PIECE bytes, one number a row. With several keys, the rows of each key apart."""
         if not self._mask:
-            self._keyed[0].run(numbers >> self._shift, source, target, encrypt)
+            keyed = self._keyed[0]
+            (keyed.encrypt if encrypt else keyed.decrypt)(numbers >> self._shift, source, target)
             return
         keys = numbers & np.uint64(self._mask)
         for key in np.unique(keys):
             chosen = np.flatnonzero(keys == key)
             rows = source[chosen]
-            self._keyed[key].run(numbers[chosen] >> self._shift, rows, rows, encrypt)
+            keyed = self._keyed[key]
+            (keyed.encrypt if encrypt else keyed.decrypt)(numbers[chosen] >> self._shift, rows, rows)
             target[chosen] = rows
-
-
-class _Keyed:
-    """The mode and the IVs of one key."""
-
-    def __init__(self, spec: CipherSpec, key: bytes, sector_size: int) -> None:
-        self._mode = make_mode(spec, key, sector_size)
-        self._ivs = make_ivs(spec, self._mode.iv_size, key)
-
-    def run(self, numbers: Words, source: Bytes, target: Bytes, encrypt: bool) -> None:
-        if encrypt:
-            self._mode.encrypt(self._ivs(numbers), source, target)
-        else:
-            self._mode.decrypt(self._ivs(numbers), source, target)
-
-
-def make_mode(spec: CipherSpec, key: bytes, sector_size: int) -> Mode:
-    """The chaining mode of `spec` over its cipher with `key`."""
-    kind = spec.chain_mode
-    if kind == "xts":
-        if len(key) % 2:
-            raise InvalidArgument(f"cipher {spec.text!r}: an xts key is two keys, and {len(key)} bytes are odd")
-        half = len(key) // 2
-        return Xts(make_block(spec.cipher, key[:half]), make_block(spec.cipher, key[half:]), sector_size)
-    if kind == "cbc":
-        return Cbc(make_block(spec.cipher, key), sector_size)
-    if kind == "ecb":
-        return Ecb(make_block(spec.cipher, key), sector_size)
-    raise NotFound(f"cipher {spec.text!r}: there is no mode {kind}({spec.cipher})")

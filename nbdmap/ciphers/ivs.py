@@ -1,7 +1,7 @@
 """IV generators: from sector numbers, all at once, to the IVs of dm-reference b.3.
 
-A generator is a function of an array of 64-bit IV sector numbers that returns one row of IV bytes for each. Those that look
-at the data as well (lmk, tcw, elephant) are in `vintage`.
+A generator is a function of an array of 64-bit IV sector numbers that returns one row of IV bytes for each. eboiv and
+those that look at the data as well (lmk, tcw, elephant) are in `vintage`.
 """
 
 import hashlib
@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nbdmap.ciphers.blocks import BLOCK_SIZES, SPARE, Block, Bytes, Words, make_block
+from nbdmap.ciphers.arrays import SPARE, Bytes, Words
+from nbdmap.ciphers.blocks import BLOCK_SIZES, Block, make_block
 from nbdmap.ciphers.spec import HASHES, CipherSpec
 from nbdmap.errors import InvalidArgument, NotFound
 
@@ -31,7 +32,7 @@ def big_endian(numbers: Words, size: int) -> Bytes:
 
 
 def make_ivs(spec: CipherSpec, size: int, key: bytes) -> Ivs:
-    """The generator of `spec` for IVs of `size` bytes; `key` is that of the data. eboiv is made where the mode is."""
+    """The generator of `spec` for IVs of `size` bytes; `key` is that of the data."""
     if not size:
         return lambda numbers: np.empty((len(numbers), 0), np.uint8)
     mode = spec.iv_mode
@@ -44,10 +45,8 @@ def make_ivs(spec: CipherSpec, size: int, key: bytes) -> Ivs:
         ivs = lambda numbers: big_endian((numbers << shift) + np.uint64(1), size)  # noqa: E731
     elif mode == "null":
         ivs = lambda numbers: np.zeros((len(numbers), size), np.uint8)  # noqa: E731
-    elif mode in ("plain64", "essiv"):
-        ivs = lambda numbers: little_endian(numbers, size)  # noqa: E731
     else:
-        raise NotFound(f"cipher {spec.text!r}: IV mode {mode} is not there yet")
+        ivs = lambda numbers: little_endian(numbers, size)  # noqa: E731
     hash_name = spec.iv_options if mode == "essiv" else spec.essiv_hash
     return _encrypted(ivs, _essiv_block(spec, hash_name, key)) if hash_name else ivs
 

@@ -10,7 +10,8 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from nbdmap.ciphers.blocks import SPARE, Block, Bytes, Words
+from nbdmap.ciphers.arrays import SPARE, Bytes, Words, words
+from nbdmap.ciphers.blocks import Block
 from nbdmap.units import KIB
 
 PIECE: Final = 64 * KIB
@@ -51,11 +52,6 @@ class Scratch:
     def behind(self, count: int) -> Bytes:
         """The first `count` bytes and SPARE more, as a target for Block."""
         return self._all[: count + SPARE]
-
-
-def words(rows: Bytes) -> Words:
-    """The same memory as 64-bit little-endian words."""
-    return rows.view(np.uint64)
 
 
 class Ecb:
@@ -167,3 +163,99 @@ class Xts:
         carry <<= np.uint64(5)
         np.bitwise_xor(other, carry, out=tweaks[:, :, 0])
         return tweaks
+
+
+class BySize:
+    """A mode that does few sectors one by one and many together."""
+
+    def __init__(self, few: Mode, many: Mode, encrypted: int, decrypted: int) -> None:
+        """Up to `encrypted` and `decrypted` sectors are few."""
+        self.iv_size = many.iv_size
+        self._few = few
+        self._many = many
+        self._encrypted = encrypted
+        self._decrypted = decrypted
+
+    def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
+        (self._few if len(source) <= self._encrypted else self._many).encrypt(ivs, source, target)
+
+    def decrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
+        (self._few if len(source) <= self._decrypted else self._many).decrypt(ivs, source, target)
+
+
+class Ctr:
+    """The IV is a big-endian counter; its encrypted values are XORed with the data."""
+
+    def __init__(self, block: Block, sector_size: int) -> None:
+        self.iv_size = block.size
+        self._block = block
+        self._count = np.arange(sector_size // block.size, dtype=np.uint64)
+        self._scratch = Scratch(sector_size)
+
+    def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
+        first = words(ivs).byteswap()
+        stream = self._scratch.rows(*source.shape)
+        counters = words(stream).reshape(len(source), len(self._count), -1)
+        low = first[:, -1:] + self._count
+        if self.iv_size == 16:
+            high = first[:, :1] + (low < self._count)  # the carry
+            counters[:, :, 0] = high.byteswap()
+        counters[:, :, -1] = low.byteswap()
+        self._block.encrypt(stream, self._scratch.behind(stream.size))
+        np.bitwise_xor(stream, source, out=target)
+
+    decrypt = encrypt
+
+
+class Lrw:
+    """As Xts, but the tweak of a block is its number times the second key, in GF(2^128) with the last byte lowest.
+
+    The number is the IV, plus one for each block. The product is linear in the number: one table for each of its bytes.
+    """
+
+    iv_size = 16
+
+    def __init__(self, block: Block, key: bytes, sector_size: int) -> None:
+        self._block = block
+        self._count = np.arange(sector_size // 16, dtype=np.uint64)
+        self._tables = _products(key)
+        self._scratch = Scratch(sector_size)
+
+    def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
+        tweaks, mixed = self._mix(ivs, source)
+        self._block.encrypt(mixed, self._scratch.behind(source.size))
+        np.bitwise_xor(words(mixed), tweaks, out=words(target))
+
+    def decrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
+        tweaks, mixed = self._mix(ivs, source)
+        self._block.decrypt(mixed, self._scratch.behind(source.size))
+        np.bitwise_xor(words(mixed), tweaks, out=words(target))
+
+    def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
+        first = words(ivs).byteswap()
+        low = first[:, 1:] + self._count
+        high = first[:, :1] + (low < self._count)  # the carry
+        numbers = np.stack((low, high), axis=2).view(np.uint8).reshape(low.size, 16)
+        tweaks = np.zeros((low.size, 2), np.uint64)
+        for position in range(16):
+            if numbers[:, position].any():
+                tweaks ^= self._tables[position][numbers[:, position]]
+        mixed = self._scratch.rows(*source.shape)
+        rows = tweaks.reshape(len(source), -1)
+        np.bitwise_xor(words(source), rows, out=words(mixed))
+        return rows, mixed
+
+
+def _products(key: bytes) -> Words:
+    """[position][byte]: byte times 256^position times `key`, as it lies in memory."""
+    value = int.from_bytes(key, "big")
+    bits = []
+    for _ in range(128):
+        bits.append(value)
+        value = value << 1 ^ (value >> 127) * 0x1_00000000_00000000_00000000_00000087
+    tables = np.zeros((16, 256, 2), np.uint64)
+    for position in range(16):
+        for bit in range(8):
+            product = np.frombuffer(bits[8 * position + bit].to_bytes(16, "big"), np.uint64)
+            tables[position, 1 << bit : 2 << bit] = tables[position, : 1 << bit] ^ product
+    return tables

@@ -1,0 +1,112 @@
+"""What the words of a cipher string and a key amount to: for each of its keys a mode over a block cipher, and IVs.
+
+Which way of working serves a mode is chosen here, by what was measured (bench/README.md): libcrypto one sector at a time for
+few or large sectors of AES, numpy over many otherwise, libgcrypt for the other ciphers.
+"""
+
+from typing import Protocol
+
+from nbdmap.ciphers import libcrypto, vintage
+from nbdmap.ciphers.arrays import Bytes, Words
+from nbdmap.ciphers.blocks import BLOCK_SIZES, check_key_size, make_block
+from nbdmap.ciphers.ivs import Ivs, make_ivs
+from nbdmap.ciphers.libgcrypt import GcryptMode
+from nbdmap.ciphers.modes import BySize, Cbc, Ctr, Ecb, Lrw, Mode, Xts
+from nbdmap.ciphers.spec import CipherSpec
+from nbdmap.errors import InvalidArgument, NotFound
+from nbdmap.units import KIB, SECTOR
+
+_LRW_KEY = 16
+"""Bytes of the second key of lrw."""
+
+
+class Keyed(Protocol):
+    """Encrypts rows of sectors with one key; `numbers` are their IV sector numbers."""
+
+    def encrypt(self, numbers: Words, source: Bytes, target: Bytes) -> None:
+        """Each row of `source` into the same row of `target`."""
+        ...
+
+    def decrypt(self, numbers: Words, source: Bytes, target: Bytes) -> None:
+        """The reverse."""
+        ...
+
+
+class Numbered:
+    """A mode whose IVs depend on nothing but the sectors' numbers."""
+
+    def __init__(self, mode: Mode, ivs: Ivs) -> None:
+        self._mode = mode
+        self._ivs = ivs
+
+    def encrypt(self, numbers: Words, source: Bytes, target: Bytes) -> None:
+        self._mode.encrypt(self._ivs(numbers), source, target)
+
+    def decrypt(self, numbers: Words, source: Bytes, target: Bytes) -> None:
+        self._mode.decrypt(self._ivs(numbers), source, target)
+
+
+def make_keyed(spec: CipherSpec, key: bytes, sector_size: int) -> list[Keyed]:
+    """One for each of the keys that `key` is made of; some IV modes take a part at its end for themselves."""
+    iv_size = _iv_size(spec)
+    extra = vintage.extra_key_size(spec, len(key), iv_size)
+    size = (len(key) - extra) // spec.key_count
+    keys = [key[number * size : number * size + size] for number in range(spec.key_count)]
+    modes = [make_mode(spec, one, sector_size) for one in keys]
+    own = key[len(key) - extra :]
+    if spec.iv_mode == "lmk":
+        return [vintage.Lmk(mode, own, sector_size) for mode in modes]
+    if spec.iv_mode == "tcw":
+        return [vintage.Tcw(mode, own, sector_size) for mode in modes]
+    if spec.iv_mode in ("eboiv", "elephant"):
+        if iv_size != BLOCK_SIZES[spec.cipher]:
+            raise InvalidArgument(f"cipher {spec.text!r}: {spec.iv_mode} needs IVs of the cipher's block size")
+        ivs = vintage.eboiv(modes[0], sector_size)
+        if spec.iv_mode == "elephant":
+            return [vintage.Elephant(mode, ivs, make_block("aes", own), sector_size) for mode in modes]
+        return [Numbered(mode, ivs) for mode in modes]
+    return [Numbered(mode, make_ivs(spec, iv_size, one)) for mode, one in zip(modes, keys, strict=True)]
+
+
+def _iv_size(spec: CipherSpec) -> int:
+    """Bytes of an IV. Raises NotFound for a cipher that there is not."""
+    if spec.cipher not in BLOCK_SIZES:
+        check_key_size(spec.cipher, 0)
+    return 0 if spec.chain_mode == "ecb" else BLOCK_SIZES[spec.cipher]
+
+
+def make_mode(spec: CipherSpec, key: bytes, sector_size: int) -> Mode:
+    """The chaining mode of `spec` over its cipher with `key`."""
+    cipher, kind = spec.cipher, spec.chain_mode
+    there_is_not = NotFound(f"cipher {spec.text!r}: there is no mode {kind}({cipher})")
+    if kind in ("xts", "lrw") and BLOCK_SIZES[cipher] != 16:
+        raise there_is_not
+    if cipher == "cipher_null" and kind != "ecb":
+        raise there_is_not
+    if kind == "ecb":
+        return Ecb(make_block(cipher, key), sector_size)
+    if kind == "lrw":
+        return Lrw(make_block(cipher, key[:-_LRW_KEY]), key[-_LRW_KEY:], sector_size)
+    if kind == "xts" and len(key) % 2:
+        raise InvalidArgument(f"cipher {spec.text!r}: an xts key is two keys, and {len(key)} bytes are odd")
+    check_key_size(cipher, len(key) // 2 if kind == "xts" else len(key))
+    if cipher != "aes":
+        if kind in ("cbc", "ctr", "xts"):
+            return GcryptMode(cipher, kind, key)
+        raise there_is_not
+    if kind == "ctr":
+        return Ctr(make_block(cipher, key), sector_size)
+    if kind == "cbc":
+        cbc = Cbc(make_block(cipher, key), sector_size)
+        return _quickest(kind, key, cbc, 48 if sector_size == SECTOR else 1 << 20, 4 * KIB // sector_size)
+    if kind == "xts":
+        half = len(key) // 2
+        xts = Xts(make_block(cipher, key[:half]), make_block(cipher, key[half:]), sector_size)
+        few = 20 if sector_size == SECTOR else 1 << 20
+        return _quickest(kind, key, xts, few, few)
+    raise there_is_not
+
+
+def _quickest(kind: str, key: bytes, many: Mode, encrypted: int, decrypted: int) -> Mode:
+    few = libcrypto.find_mode(kind, key)
+    return many if few is None else BySize(few, many, encrypted, decrypted)
