@@ -113,6 +113,18 @@ class ProtocolError(NbdmapError):
     errno = _errno.EPROTO
 
 
+class NoKey(NbdmapError):
+    """A key that is named is not in the keyring."""
+
+    errno = _errno.ENOKEY
+
+
+class NotReady(NbdmapError):
+    """Something has to be done first."""
+
+    errno = _errno.EAGAIN
+
+
 class CorruptMetadata(NbdmapError):
     """Data read from a disk breaks an invariant; the message names the block and the invariant."""
 

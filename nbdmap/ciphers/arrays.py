@@ -7,6 +7,8 @@ import numpy.typing as npt
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint64]
+Key = bytes | bytearray | memoryview
+"""A key, or a part of one: passed on without copies, so that who made it can wipe it."""
 
 SPARE: Final = 16
 """Bytes that `cryptography` wants a target to have beyond what it fills."""

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Final, Protocol
 
 from nbdmap.ciphers import libgcrypt
-from nbdmap.ciphers.arrays import Bytes
+from nbdmap.ciphers.arrays import Bytes, Key
 from nbdmap.errors import InvalidArgument, NotFound
 
 
@@ -38,7 +38,7 @@ class Aes:
 
     size = 16
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: Key) -> None:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
         cipher = Cipher(algorithms.AES(key), modes.ECB())
@@ -73,7 +73,7 @@ def check_key_size(cipher: str, size: int) -> None:
         raise InvalidArgument(f"cipher {cipher} cannot have a key of {size} bytes (possible: {sizes})")
 
 
-def make_block(cipher: str, key: bytes) -> Block:
+def make_block(cipher: str, key: Key) -> Block:
     """`cipher` with `key`. Raises as check_key_size does, and NotFound where libgcrypt is missing."""
     check_key_size(cipher, len(key))
     if cipher == "aes":

@@ -5,8 +5,7 @@
 
 `sector` is the number of the first 512-byte sector, relative to the start of the encrypted range; lengths are multiples of the
 encryption sector. Many pieces, each at its own place, are encrypted together: that costs much less than one by one. The
-buffers of a piece may be the same, and else do not overlap. An object has working memory of its own: one thread at a time;
-`copy` makes another for another thread.
+buffers of a piece may be the same, and else do not overlap. An object has working memory of its own: one thread at a time.
 """
 
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from nbdmap.ciphers.arrays import Bytes, Words
+from nbdmap.ciphers.arrays import Bytes, Key, Words
 from nbdmap.ciphers.keyed import make_keyed
 from nbdmap.ciphers.modes import PIECE
 from nbdmap.ciphers.spec import CipherSpec
@@ -35,7 +34,7 @@ class SectorCipher:
     """
 
     def __init__(
-        self, spec: CipherSpec, key: bytes, *, sector_size: int = SECTOR, iv_offset: int = 0, large_sectors: bool = False
+        self, spec: CipherSpec, key: Key, *, sector_size: int = SECTOR, iv_offset: int = 0, large_sectors: bool = False
     ) -> None:
         self.spec = spec
         self.sector_size = sector_size
@@ -43,7 +42,7 @@ class SectorCipher:
         self._step = sector_size // SECTOR
         self._shift = np.uint64(self._step.bit_length() - 1 if large_sectors else 0)
         self._mask = spec.key_count - 1
-        self._keyed = make_keyed(spec, key, sector_size)
+        self._keyed = make_keyed(spec, memoryview(key), sector_size)
         self._room = np.empty(max(PIECE, sector_size), np.uint8)
 
     def encrypt(self, sector: int, source: Buffer, target: Any) -> None:

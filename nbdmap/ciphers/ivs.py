@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nbdmap.ciphers.arrays import SPARE, Bytes, Words
+from nbdmap.ciphers.arrays import SPARE, Bytes, Key, Words
 from nbdmap.ciphers.blocks import BLOCK_SIZES, Block, make_block
 from nbdmap.ciphers.spec import HASHES, CipherSpec
 from nbdmap.errors import InvalidArgument, NotFound
@@ -31,7 +31,7 @@ def big_endian(numbers: Words, size: int) -> Bytes:
     return rows.view(np.uint8)
 
 
-def make_ivs(spec: CipherSpec, size: int, key: bytes) -> Ivs:
+def make_ivs(spec: CipherSpec, size: int, key: Key) -> Ivs:
     """The generator of `spec` for IVs of `size` bytes; `key` is that of the data."""
     if not size:
         return lambda numbers: np.empty((len(numbers), 0), np.uint8)
@@ -51,7 +51,7 @@ def make_ivs(spec: CipherSpec, size: int, key: bytes) -> Ivs:
     return _encrypted(ivs, _essiv_block(spec, hash_name, key)) if hash_name else ivs
 
 
-def _essiv_block(spec: CipherSpec, hash_name: str, key: bytes) -> Block:
+def _essiv_block(spec: CipherSpec, hash_name: str, key: Key) -> Block:
     """The cipher itself, with the hash of the key for its key."""
     if hash_name not in HASHES:
         raise NotFound(f"cipher {spec.text!r}: there is no hash {hash_name!r} (known: {', '.join(HASHES)})")

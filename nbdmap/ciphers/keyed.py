@@ -7,7 +7,7 @@ few or large sectors of AES, numpy over many otherwise, libgcrypt for the other 
 from typing import Protocol
 
 from nbdmap.ciphers import libcrypto, vintage
-from nbdmap.ciphers.arrays import Bytes, Words
+from nbdmap.ciphers.arrays import Bytes, Key, Words
 from nbdmap.ciphers.blocks import BLOCK_SIZES, check_key_size, make_block
 from nbdmap.ciphers.ivs import Ivs, make_ivs
 from nbdmap.ciphers.libgcrypt import GcryptMode
@@ -46,7 +46,7 @@ class Numbered:
         self._mode.decrypt(self._ivs(numbers), source, target)
 
 
-def make_keyed(spec: CipherSpec, key: bytes, sector_size: int) -> list[Keyed]:
+def make_keyed(spec: CipherSpec, key: Key, sector_size: int) -> list[Keyed]:
     """One for each of the keys that `key` is made of; some IV modes take a part at its end for themselves."""
     iv_size = _iv_size(spec)
     extra = vintage.extra_key_size(spec, len(key), iv_size)
@@ -75,7 +75,7 @@ def _iv_size(spec: CipherSpec) -> int:
     return 0 if spec.chain_mode == "ecb" else BLOCK_SIZES[spec.cipher]
 
 
-def make_mode(spec: CipherSpec, key: bytes, sector_size: int) -> Mode:
+def make_mode(spec: CipherSpec, key: Key, sector_size: int) -> Mode:
     """The chaining mode of `spec` over its cipher with `key`."""
     cipher, kind = spec.cipher, spec.chain_mode
     there_is_not = NotFound(f"cipher {spec.text!r}: there is no mode {kind}({cipher})")
@@ -107,6 +107,6 @@ def make_mode(spec: CipherSpec, key: bytes, sector_size: int) -> Mode:
     raise there_is_not
 
 
-def _quickest(kind: str, key: bytes, many: Mode, encrypted: int, decrypted: int) -> Mode:
+def _quickest(kind: str, key: Key, many: Mode, encrypted: int, decrypted: int) -> Mode:
     few = libcrypto.find_mode(kind, key)
     return many if few is None else BySize(few, many, encrypted, decrypted)

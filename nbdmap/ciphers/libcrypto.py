@@ -8,7 +8,9 @@ import ctypes
 from functools import cache
 from typing import Final
 
-from nbdmap.ciphers.arrays import Bytes, address
+import numpy as np
+
+from nbdmap.ciphers.arrays import Bytes, Key, address
 
 LIBRARY: Final = "libcrypto.so.3"
 _POINTER: Final = ctypes.c_void_p
@@ -23,7 +25,7 @@ def _library() -> ctypes.PyDLL | None:
     except (OSError, AttributeError):
         return None
     library.EVP_CIPHER_fetch.argtypes = [_POINTER, ctypes.c_char_p, ctypes.c_char_p]
-    library.EVP_CipherInit_ex.argtypes = [_POINTER, _POINTER, _POINTER, ctypes.c_char_p, _POINTER, ctypes.c_int]
+    library.EVP_CipherInit_ex.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, ctypes.c_int]
     library.EVP_Cipher.argtypes = [_POINTER, _POINTER, _POINTER, ctypes.c_uint]
     library.EVP_CIPHER_CTX_free.argtypes = [_POINTER]
     library.EVP_CIPHER_free.argtypes = [_POINTER]
@@ -33,10 +35,12 @@ def _library() -> ctypes.PyDLL | None:
 class Context:
     """A cipher with its key in one direction. Its memory is wiped by libcrypto when it goes."""
 
-    def __init__(self, library: ctypes.PyDLL, cipher: int, key: bytes, *, encrypt: bool) -> None:
+    def __init__(self, library: ctypes.PyDLL, cipher: int, key: Key, *, encrypt: bool) -> None:
         self._library = library
         self._context = library.EVP_CIPHER_CTX_new()
-        self.usable = library.EVP_CipherInit_ex(self._context, cipher, None, key, bytes(16), int(encrypt)) == 1
+        secret, iv = np.frombuffer(key, np.uint8), np.zeros(16, np.uint8)
+        started = library.EVP_CipherInit_ex(self._context, cipher, None, address(secret), address(iv), int(encrypt))
+        self.usable = started == 1
 
     def run(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         """Each row of `source` with its IV into the same row of `target`."""
@@ -62,7 +66,7 @@ class OpenSsl:
         self.decrypt = decryptor.run
 
 
-def find_mode(chain_mode: str, key: bytes) -> OpenSsl | None:
+def find_mode(chain_mode: str, key: Key) -> OpenSsl | None:
     """AES in `chain_mode` with `key`; None where there is no such library, or it refuses the key (xts with equal halves)."""
     library = _library()
     bits = len(key) * 8 // (2 if chain_mode == "xts" else 1)

@@ -7,7 +7,9 @@ import ctypes
 from functools import cache
 from typing import Any, Final
 
-from nbdmap.ciphers.arrays import Bytes, address
+import numpy as np
+
+from nbdmap.ciphers.arrays import Bytes, Key, address
 from nbdmap.errors import InvalidArgument, NotFound
 
 LIBRARY: Final = "libgcrypt.so.20"
@@ -45,7 +47,7 @@ def _library() -> ctypes.PyDLL:
     library.gcry_cipher_open.argtypes = [ctypes.POINTER(pointer), number, number, ctypes.c_uint]
     library.gcry_cipher_close.argtypes, library.gcry_cipher_close.restype = [pointer], None
     library.gcry_cipher_ctl.argtypes = [pointer, number, pointer, size]
-    library.gcry_cipher_setkey.argtypes = [pointer, ctypes.c_char_p, size]
+    library.gcry_cipher_setkey.argtypes = [pointer, pointer, size]
     library.gcry_cipher_setiv.argtypes = library.gcry_cipher_setctr.argtypes = [pointer, pointer, size]
     library.gcry_cipher_encrypt.argtypes = library.gcry_cipher_decrypt.argtypes = [pointer, pointer, size, pointer, size]
     return library
@@ -54,7 +56,7 @@ def _library() -> ctypes.PyDLL:
 class _Handle:
     """A cipher in one of libgcrypt's modes, with its key."""
 
-    def __init__(self, cipher: str, mode: int, key: bytes) -> None:
+    def __init__(self, cipher: str, mode: int, key: Key) -> None:
         self.library = _library()
         self.handle = ctypes.c_void_p()
         size = len(key) // 2 if mode == MODES["xts"] else len(key)
@@ -62,8 +64,8 @@ class _Handle:
             raise NotFound(f"this machine's libgcrypt has no cipher {cipher!r}")
         self.library.gcry_cipher_ctl(self.handle, _ALLOW_WEAK_KEY, None, 1)
         if cipher == "cast5":
-            key = key.ljust(16, b"\0")  # RFC 2144: so are keys of more than 80 bits
-        if self.library.gcry_cipher_setkey(self.handle, key, len(key)):
+            key = bytes(key).ljust(16, b"\0")  # RFC 2144: so are keys of more than 80 bits
+        if self.library.gcry_cipher_setkey(self.handle, address(np.frombuffer(key, np.uint8)), len(key)):
             raise InvalidArgument(f"libgcrypt takes no key of {len(key)} bytes for {cipher}")
 
     def __del__(self) -> None:
@@ -73,7 +75,7 @@ class _Handle:
 class Gcrypt:
     """A Block: ECB over all that is given."""
 
-    def __init__(self, cipher: str, key: bytes) -> None:
+    def __init__(self, cipher: str, key: Key) -> None:
         self.size = BLOCK_SIZES[cipher]
         self._handle = _Handle(cipher, ECB, key)
 
@@ -91,7 +93,7 @@ class Gcrypt:
 class GcryptMode:
     """A Mode: cbc, ctr or xts, a sector at a time."""
 
-    def __init__(self, cipher: str, chain_mode: str, key: bytes) -> None:
+    def __init__(self, cipher: str, chain_mode: str, key: Key) -> None:
         self.iv_size = BLOCK_SIZES[cipher]
         self._handle = _Handle(cipher, MODES[chain_mode], key)
         library = self._handle.library

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from nbdmap.ciphers.arrays import SPARE, Bytes, Words, words
+from nbdmap.ciphers.arrays import SPARE, Bytes, Key, Words, words
 from nbdmap.ciphers.blocks import Block
 from nbdmap.units import KIB
 
@@ -215,7 +215,7 @@ class Lrw:
 
     iv_size = 16
 
-    def __init__(self, block: Block, key: bytes, sector_size: int) -> None:
+    def __init__(self, block: Block, key: Key, sector_size: int) -> None:
         self._block = block
         self._count = np.arange(sector_size // 16, dtype=np.uint64)
         self._tables = _products(key)
@@ -246,7 +246,7 @@ class Lrw:
         return rows, mixed
 
 
-def _products(key: bytes) -> Words:
+def _products(key: Key) -> Words:
     """[position][byte]: byte times 256^position times `key`, as it lies in memory."""
     value = int.from_bytes(key, "big")
     bits = []

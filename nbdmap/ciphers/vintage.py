@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from nbdmap.ciphers.arrays import SPARE, Bytes, Words, words
+from nbdmap.ciphers.arrays import SPARE, Bytes, Key, Words, words
 from nbdmap.ciphers.blocks import Block
 from nbdmap.ciphers.ivs import Ivs, little_endian
 from nbdmap.ciphers.modes import Mode
@@ -94,12 +94,12 @@ def md5_rounds(state: Lanes, block: Lanes) -> Lanes:
 class Lmk:
     """The IV is MD5's state after the sector's bytes from 16 on and its number, after the seed in version 3."""
 
-    def __init__(self, mode: Mode, seed: bytes, sector_size: int) -> None:
+    def __init__(self, mode: Mode, seed: Key, sector_size: int) -> None:
         _only_sectors("lmk", sector_size)
         self._mode = mode
         start = np.array(_START, np.uint32).reshape(4, 1)
         if seed:
-            block = np.frombuffer(seed[:16].ljust(64, b"\0"), np.uint32).reshape(16, 1)
+            block = np.frombuffer(bytes(seed[:16]).ljust(64, b"\0"), np.uint32).reshape(16, 1)
             start = md5_rounds(start, block)
         self._start = start
 
@@ -143,7 +143,7 @@ def _crc_tables() -> npt.NDArray[np.uint32]:
 class Tcw:
     """The IV is the seed XOR the number; the ciphertext is XORed with eight bytes made of the whitening key and the number."""
 
-    def __init__(self, mode: Mode, own: bytes, sector_size: int) -> None:
+    def __init__(self, mode: Mode, own: Key, sector_size: int) -> None:
         _only_sectors("tcw", sector_size)
         self._mode = mode
         self._seed = np.frombuffer(own[:-_WHITENING], np.uint64)

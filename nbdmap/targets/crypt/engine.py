@@ -1,0 +1,180 @@
+"""How a crypt target's requests meet its cipher: together, at once, or in a thread.
+
+- Small requests of one wake-up of a connection are encrypted or decrypted together, when the plug is pulled; reads that had to
+  wait for the disk, with those that came back beside them.
+- Larger ones, up to INLINE, by themselves and at once.
+- Those above in threads: at most THREADS at a time, each with a cipher of its own, because a cipher has working memory.
+
+A read is decrypted where it lies, in the buffer of the reply. A write's ciphertext has a buffer of its own, from a pool.
+"""
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Final
+
+from nbdmap.block.buffers import Buffers
+from nbdmap.block.device import Device
+from nbdmap.block.io import DONE, WRITE, Continued, Deferred, Io, Pending
+from nbdmap.block.threads import Threads
+from nbdmap.errors import IoFailed
+from nbdmap.units import KIB, SECTOR
+
+if TYPE_CHECKING:
+    from nbdmap.ciphers.cipher import SectorCipher
+
+log: Final = logging.getLogger(__name__)
+
+SMALL: Final = 32 * KIB
+"""Requests up to this wait for those that arrived with them."""
+INLINE: Final = 64 * KIB
+"""Larger requests are encrypted in threads, so that the others need not wait for them."""
+THREADS: Final = min(os.cpu_count() or 1, 4)
+
+
+class Engine:
+    """Reads from and writes to `device`; byte `offset` of the mapped device is `offset + shift` there.
+
+    `begin` is where the encrypted range starts on the mapped device: sector 0 of the cipher.
+    """
+
+    def __init__(self, device: Device, begin: int, shift: int) -> None:
+        self._device = device
+        self._begin = begin
+        self._shift = shift
+        self._cipher: SectorCipher
+        self._others: SimpleQueue[SectorCipher] = SimpleQueue()
+        self._threads = Threads("crypt")
+        self._buffers = Buffers()
+        self._arrived: list[tuple[Io, int, Deferred]] = []  # reads whose ciphertext is there, with their sectors
+        self._leaving: list[tuple[Io, int, Deferred]] = []  # writes, with their offsets
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def use(self, make: Callable[[], "SectorCipher"]) -> None:
+        """Encrypts with what `make` makes from now on. Not while a request is in flight."""
+        ciphers = [make() for _ in range(THREADS + 1)]
+        self._others = SimpleQueue()
+        self._cipher = ciphers.pop()
+        for cipher in ciphers:
+            self._others.put(cipher)
+
+    def forget(self) -> None:
+        """Drops the ciphers, and with them the keys that the libraries hold."""
+        self._others = SimpleQueue()
+        del self._cipher
+
+    async def close(self) -> None:
+        """Ends the threads."""
+        await self._threads.close()
+
+    def _sector(self, offset: int) -> int:
+        return (offset - self._begin) // SECTOR
+
+    # --- reads ---------------------------------------------------------------------------------------------------------
+
+    def read(self, io: Io, offset: int) -> Pending:
+        """Reads and decrypts."""
+        pending = self._device.submit(io, offset + self._shift)
+        if pending is not DONE or io.length > INLINE:
+            return self._decrypt_later(pending, io, self._sector(offset))
+        if io.plug.active and io.length <= SMALL:
+            if not self._arrived:
+                io.plug.add(self._decrypt_arrived)
+            return self._park(self._arrived, io, self._sector(offset))
+        self._cipher.decrypt(self._sector(offset), io.data, io.data)
+        return DONE
+
+    def _park(self, waiting: list[tuple[Io, int, Deferred]], io: Io, where: int) -> Deferred:
+        deferred = Deferred()
+        waiting.append((io, where, deferred))
+        return deferred
+
+    async def _decrypt_later(self, pending: Pending, io: Io, sector: int) -> None:
+        await pending
+        if io.length > SMALL:
+            await self._threads.run(self._in_thread, False, sector, io.data, io.data)
+            return
+        if not self._arrived:
+            asyncio.get_running_loop().call_soon(self._decrypt_arrived)
+        await self._park(self._arrived, io, sector)
+
+    def _decrypt_arrived(self) -> None:
+        arrived, self._arrived = self._arrived, []
+        error = self._all(False, [(sector, io.data, io.data) for io, sector, _ in arrived])
+        for _, _, deferred in arrived:
+            deferred.finish(error)
+
+    # --- writes --------------------------------------------------------------------------------------------------------
+
+    def write(self, io: Io, offset: int) -> Pending:
+        """Encrypts and writes."""
+        if io.length > INLINE:
+            return self._encrypt_in_thread(io, offset)
+        if io.plug.active and io.length <= SMALL:
+            if not self._leaving:
+                io.plug.add(self._encrypt_leaving)
+            return self._park(self._leaving, io, offset)
+        data = self._buffers.take(io.length)
+        self._cipher.encrypt(self._sector(offset), io.data, data)
+        return self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift)
+
+    async def _encrypt_in_thread(self, io: Io, offset: int) -> None:
+        data = self._buffers.take(io.length)
+        await self._threads.run(self._in_thread, True, self._sector(offset), io.data, data)
+        await self._device.submit(Io(WRITE, io.length, data, io.flags), offset + self._shift)
+
+    def _encrypt_leaving(self) -> None:
+        leaving, self._leaving = self._leaving, []
+        pieces = [(self._sector(offset), io.data, self._buffers.take(io.length)) for io, offset, _ in leaving]
+        error = self._all(True, pieces)
+        for (io, offset, deferred), (_, _, data) in zip(leaving, pieces, strict=True):
+            if error is not None:
+                deferred.finish(error)
+            else:
+                self._hand_down(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift, deferred)
+
+    def _hand_down(self, io: Io, offset: int, deferred: Deferred) -> None:
+        """Lets the device do `io`; `deferred` ends when that does."""
+        pending = self._device.submit(io, offset)
+        if pending is DONE:
+            deferred.finish()
+            return
+        if isinstance(pending, Deferred):
+            deferred.on_cancel = pending.cancel
+            pending.then(deferred.finish)
+            return
+        try:
+            yielded = pending.send(None)
+        except StopIteration:
+            deferred.finish()
+        except Exception as error:
+            deferred.finish(error)
+        else:
+            task: asyncio.Task[None] = asyncio.get_running_loop().create_task(Continued(pending, yielded))
+            self._tasks.add(task)
+            deferred.on_cancel = task.cancel
+            task.add_done_callback(partial(self._handed_down, deferred))
+
+    def _handed_down(self, deferred: Deferred, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        deferred.finish(asyncio.CancelledError() if task.cancelled() else task.exception())
+
+    # --- both ----------------------------------------------------------------------------------------------------------
+
+    def _all(self, encrypt: bool, pieces: list[tuple[int, memoryview, memoryview]]) -> IoFailed | None:
+        try:
+            (self._cipher.encrypt_all if encrypt else self._cipher.decrypt_all)(pieces)
+        except Exception as error:
+            log.exception("a cipher failed")
+            return IoFailed(f"{'encryption' if encrypt else 'decryption'} failed: {error}")
+        return None
+
+    def _in_thread(self, encrypt: bool, sector: int, source: memoryview, target: memoryview) -> None:
+        cipher = self._others.get()
+        try:
+            (cipher.encrypt if encrypt else cipher.decrypt)(sector, source, target)
+        finally:
+            self._others.put(cipher)
