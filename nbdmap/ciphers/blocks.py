@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 
 from nbdmap.ciphers import libgcrypt
 from nbdmap.ciphers.arrays import Bytes, Key
+from nbdmap.ciphers.spec import CipherSpec
 from nbdmap.errors import InvalidArgument, NotFound
 
 
@@ -71,6 +72,11 @@ def check_key_size(cipher: str, size: int) -> None:
     if size not in KEY_SIZES[cipher]:
         sizes = ", ".join(map(str, KEY_SIZES[cipher]))
         raise InvalidArgument(f"cipher {cipher} cannot have a key of {size} bytes (possible: {sizes})")
+
+
+def mode_block_size(spec: CipherSpec) -> int:
+    """What the crypto API calls the block size of the mode: 1 for a stream."""
+    return 1 if spec.chain_mode == "ctr" else BLOCK_SIZES[spec.cipher]
 
 
 def make_block(cipher: str, key: Key) -> Block:

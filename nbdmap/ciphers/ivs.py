@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from nbdmap.ciphers.arrays import SPARE, Bytes, Key, Words
-from nbdmap.ciphers.blocks import BLOCK_SIZES, Block, make_block
+from nbdmap.ciphers.blocks import Block, make_block, mode_block_size
 from nbdmap.ciphers.spec import HASHES, CipherSpec
 from nbdmap.errors import InvalidArgument, NotFound
 
@@ -25,10 +25,10 @@ def little_endian(numbers: Words, size: int) -> Bytes:
 
 
 def big_endian(numbers: Words, size: int) -> Bytes:
-    """plain64be: zeroes, then 64 bits, big-endian."""
-    rows = np.zeros((len(numbers), size // 8), np.uint64)
+    """plain64be: zeroes, then 64 bits, big-endian; cut where an IV is shorter."""
+    rows = np.zeros((len(numbers), max(size, 8) // 8), np.uint64)
     rows[:, -1] = numbers.byteswap()
-    return rows.view(np.uint8)
+    return rows.view(np.uint8)[:, :size]
 
 
 def make_ivs(spec: CipherSpec, size: int, key: Key) -> Ivs:
@@ -41,7 +41,7 @@ def make_ivs(spec: CipherSpec, size: int, key: Key) -> Ivs:
     elif mode == "plain64be":
         ivs = lambda numbers: big_endian(numbers, size)  # noqa: E731
     elif mode == "benbi":
-        shift = np.uint64(9 - (BLOCK_SIZES[spec.cipher].bit_length() - 1))
+        shift = np.uint64(9 - (mode_block_size(spec).bit_length() - 1))
         ivs = lambda numbers: big_endian((numbers << shift) + np.uint64(1), size)  # noqa: E731
     elif mode == "null":
         ivs = lambda numbers: np.zeros((len(numbers), size), np.uint8)  # noqa: E731

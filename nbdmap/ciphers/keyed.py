@@ -8,7 +8,7 @@ from typing import Protocol
 
 from nbdmap.ciphers import libcrypto, vintage
 from nbdmap.ciphers.arrays import Bytes, Key, Words
-from nbdmap.ciphers.blocks import BLOCK_SIZES, check_key_size, make_block
+from nbdmap.ciphers.blocks import BLOCK_SIZES, check_key_size, make_block, mode_block_size
 from nbdmap.ciphers.ivs import Ivs, make_ivs
 from nbdmap.ciphers.libgcrypt import GcryptMode
 from nbdmap.ciphers.modes import BySize, Cbc, Ctr, Ecb, Lrw, Mode, Xts
@@ -59,9 +59,9 @@ def make_keyed(spec: CipherSpec, key: Key, sector_size: int) -> list[Keyed]:
     if spec.iv_mode == "tcw":
         return [vintage.Tcw(mode, own, sector_size) for mode in modes]
     if spec.iv_mode in ("eboiv", "elephant"):
-        if iv_size != BLOCK_SIZES[spec.cipher]:
+        if iv_size != mode_block_size(spec):
             raise InvalidArgument(f"cipher {spec.text!r}: {spec.iv_mode} needs IVs of the cipher's block size")
-        ivs = vintage.eboiv(modes[0], sector_size)
+        ivs = vintage.eboiv(make_mode(spec, keys[0], iv_size), sector_size)  # the first key's, for all
         if spec.iv_mode == "elephant":
             return [vintage.Elephant(mode, ivs, make_block("aes", own), sector_size) for mode in modes]
         return [Numbered(mode, ivs) for mode in modes]
@@ -81,8 +81,6 @@ def make_mode(spec: CipherSpec, key: Key, sector_size: int) -> Mode:
     there_is_not = NotFound(f"cipher {spec.text!r}: there is no mode {kind}({cipher})")
     if kind in ("xts", "lrw") and BLOCK_SIZES[cipher] != 16:
         raise there_is_not
-    if cipher == "cipher_null" and kind != "ecb":
-        raise there_is_not
     if kind == "ecb":
         return Ecb(make_block(cipher, key), sector_size)
     if kind == "lrw":
@@ -90,7 +88,9 @@ def make_mode(spec: CipherSpec, key: Key, sector_size: int) -> Mode:
     if kind == "xts" and len(key) % 2:
         raise InvalidArgument(f"cipher {spec.text!r}: an xts key is two keys, and {len(key)} bytes are odd")
     check_key_size(cipher, len(key) // 2 if kind == "xts" else len(key))
-    if cipher != "aes":
+    if cipher == "cipher_null" and kind == "cbc":
+        return Cbc(make_block(cipher, key), sector_size)
+    if cipher not in ("aes", "cipher_null"):
         if kind in ("cbc", "ctr", "xts"):
             return GcryptMode(cipher, kind, key)
         raise there_is_not
@@ -98,11 +98,11 @@ def make_mode(spec: CipherSpec, key: Key, sector_size: int) -> Mode:
         return Ctr(make_block(cipher, key), sector_size)
     if kind == "cbc":
         cbc = Cbc(make_block(cipher, key), sector_size)
-        return _quickest(kind, key, cbc, 48 if sector_size == SECTOR else 1 << 20, 4 * KIB // sector_size)
+        return _quickest(kind, key, cbc, 48 if sector_size <= SECTOR else 1 << 20, 4 * KIB // max(sector_size, SECTOR))
     if kind == "xts":
         half = len(key) // 2
         xts = Xts(make_block(cipher, key[:half]), make_block(cipher, key[half:]), sector_size)
-        few = 20 if sector_size == SECTOR else 1 << 20
+        few = 20 if sector_size <= SECTOR else 1 << 20
         return _quickest(kind, key, xts, few, few)
     raise there_is_not
 

@@ -48,7 +48,7 @@ def _only_sectors(name: str, sector_size: int) -> None:
 
 
 def eboiv(mode: Mode, sector_size: int) -> Ivs:
-    """The byte offset of the sector, encrypted: one block of zeroes with the offset for its IV."""
+    """The byte offset of the sector, encrypted: one block of zeroes with the offset for its IV. `mode` is for such blocks."""
 
     def ivs(numbers: Words) -> Bytes:
         offsets = little_endian(numbers * np.uint64(sector_size), mode.iv_size)
