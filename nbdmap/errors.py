@@ -113,12 +113,6 @@ class ProtocolError(NbdmapError):
     errno = _errno.EPROTO
 
 
-class NoKey(NbdmapError):
-    """A key that is named is not in the keyring."""
-
-    errno = _errno.ENOKEY
-
-
 class NotReady(NbdmapError):
     """Something has to be done first."""
 

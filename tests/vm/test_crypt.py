@@ -99,10 +99,10 @@ T
     differ = []
     for number, bad in enumerate(BAD):
         text = sections[f"bad{number}"].strip()
-        mine = await refusal(bad)
+        refused_with = await refusal(bad)
         kernels = text.splitlines()[0].rpartition("failed: ")[2] if text else ""
-        if mine != kernels:
-            differ.append((bad, "kernel", text[:150], "nbdmap", mine))
+        if refused_with != kernels:
+            differ.append((bad, "kernel", text[:150], "nbdmap", refused_with))
     print(*wrong, *differ, sep="\n")
     assert not wrong
     assert not differ

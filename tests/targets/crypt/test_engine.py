@@ -115,9 +115,14 @@ async def test_writes_wait_for_a_disk_that_defers() -> None:
 
 @pytest.mark.parametrize("length", [4096, 256 << 10])
 async def test_a_cancelled_write_ends(length: int) -> None:
-    disk, reached = FakeDisk("7:0", 2048), asyncio.Event()
-    disk.gate = asyncio.Event()
-    disk.gate.wait = lambda: (reached.set(), asyncio.Event().wait())[1]  # type: ignore[method-assign, assignment]
+    reached = asyncio.Event()
+
+    class Stuck(FakeDisk):
+        async def submit(self, io: Io, offset: int) -> None:
+            reached.set()
+            await asyncio.Event().wait()
+
+    disk = Stuck("7:0", 2048)
     table = await build(LINE, disk)
     (pending,) = batch(table, [(Io(WRITE, length, memoryview(bytearray(length))), 0)])
     task = asyncio.ensure_future(pending)
