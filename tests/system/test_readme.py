@@ -1,4 +1,4 @@
-"""The README's console blocks, run in one shell from the top to the bottom, print what stands there."""
+"""The console blocks of the README and of documents, run in one shell from the top to the bottom, print what stands there."""
 
 import os
 import re
@@ -27,15 +27,25 @@ def steps(text: str) -> list[tuple[str, str]]:
     return found
 
 
+def files(text: str) -> dict[str, str]:
+    """The YAML files that are shown with their names."""
+    return dict(re.findall(r"^`(\S+\.yaml)`:\n\n```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
 @pytest.mark.system
-def test_the_tour(tmp_path: Path) -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/multipath.md", "docs/events.md"])
+def test_the_tour(document: str, tmp_path: Path) -> None:
     need("nbdinfo", "libnbd-bin")
     need("qemu-io", "qemu-utils")
+    need("nbdkit", "nbdkit")
     wrapper = tmp_path / "nbdmap"
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m nbdmap "$@"\n')
     wrapper.chmod(0o755)
-    tour = steps((REPOSITORY / "README.md").read_text())
-    assert len(tour) > 10
+    text = (REPOSITORY / document).read_text()
+    tour = steps(text)
+    assert len(tour) > 5
+    for name, content in files(text).items():
+        (tmp_path / name).write_text(content)
     script = "exec 2>&1\n" + "".join(f"{command}\necho {MARK}\n" for command, _ in tour)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY), "LC_ALL": "C.UTF-8"}
     shell = subprocess.run(
