@@ -62,7 +62,7 @@ class AccessRefused(NbdmapError):
 class PassphraseRefused(NbdmapError):
     """A passphrase that opens no key slot."""
 
-    errno = _errno.EPERM
+    errno = _errno.EKEYREJECTED
 
 
 class NoKey(NbdmapError):

@@ -52,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from nbdmap.cli.usage import serve
 
         return serve(arguments[1:])
+    if arguments and arguments[0] == "luks":
+        from nbdmap.cli.luks import main as luks
+
+        return luks(arguments[1:])
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -21,6 +21,8 @@ class Options:
     """What the command line says."""
 
     config: str | None = None
+    content: str | None = None
+    """A configuration as text, instead of a file."""
     tables: tuple[tuple[str, str], ...] = ()
     listen: tuple[str, ...] = ()
     read_only: bool = False

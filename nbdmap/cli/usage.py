@@ -40,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_options(parser, ("help", "version", "socket"))
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     add_serve(commands.add_parser("serve", help="Run the server.", description="Run the server in the foreground."))
+    add_luks(commands.add_parser("luks", help="LUKS disks: info, open, format, add-key, remove-key."))
     for name, verb in VERBS.items():
         one = commands.add_parser(
             name,
@@ -95,6 +96,13 @@ def add_serve(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         parser.epilog = "example:\n  nbdmap serve --device lin='0 2048 linear /srv/disk.img 0'"
     return parser
+
+
+def add_luks(parser: argparse.ArgumentParser) -> None:
+    """Adds what `luks` takes."""
+    from nbdmap.cli.luks_arguments import add_arguments
+
+    add_arguments(parser)
 
 
 def help_text(verb: str = "") -> str:

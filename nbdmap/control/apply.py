@@ -14,7 +14,8 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from nbdmap.block.device import Device
@@ -23,10 +24,12 @@ from nbdmap.block.memory import MemoryDisk
 from nbdmap.block.remote import RemoteDisk
 from nbdmap.control.config import BadConfig, Config, KeyPath, by_line
 from nbdmap.control.exports import Exports, ExportSettings
+from nbdmap.control.luks import unlocked
 from nbdmap.control.mapper import FILE_MAJOR, MAJOR, MEMORY_MAJOR, REMOTE_MAJOR, Mapper, strip_directory
-from nbdmap.control.schema import DeviceEntry, DiskEntry, FileEntry, MemoryEntry, TableText
+from nbdmap.control.schema import DeviceEntry, DiskEntry, FileEntry, LuksEntry, MemoryEntry, TableText
 from nbdmap.dm.args import split_words
 from nbdmap.dm.device import MappedDevice
+from nbdmap.dm.table import parse_table
 from nbdmap.errors import Busy, InvalidArgument, NbdmapError, NotFound
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ class _Placed:
 
     device: MappedDevice
     table: TableText | None = None
+    luks: LuksEntry | None = None
     read_only: bool = False
     sent: tuple[str, ...] = ()
     settings: ExportSettings | None = None
@@ -213,36 +217,49 @@ class _Change:
             if placed is None:
                 placed = await self._make(name, entry)
             else:
-                await self._change(placed, entry)
+                await self._change(name, placed, entry)
             await self._send(name, placed, entry.messages)
         except NbdmapError as error:
-            in_table = error.message.startswith("line ")
-            self._report(("devices", name, "table") if in_table else ("devices", name), error, key=not in_table)
+            in_table = entry.luks is None and error.message.startswith("line ")
+            key = ("table",) if in_table else ("luks",) if entry.luks else ()
+            self._report(("devices", name, *key), error, key=not in_table)
         finally:
             self._under_way.pop()
             self._finished.add(name)
 
     async def _make(self, name: str, entry: DeviceEntry) -> _Placed:
-        device = await self._mapper.create(
-            name, entry.uuid, entry.minor, entry.table.text if entry.table else None, entry.read_only, opener=_Opener(self)
-        )
-        placed = self._applied.devices[name] = _Placed(device, entry.table, entry.read_only)
+        opener = _Opener(self)
+        async with self._table(name, entry) as (table, uuid):
+            device = await self._mapper.create(name, uuid, entry.minor, table, entry.read_only, opener=opener)
+        placed = self._applied.devices[name] = _Placed(device, entry.table, entry.luks, entry.read_only)
         return placed
 
-    async def _change(self, placed: _Placed, entry: DeviceEntry) -> None:
+    @asynccontextmanager
+    async def _table(self, name: str, entry: DeviceEntry) -> AsyncIterator[tuple[str | None, str]]:
+        """The text of a device's table and its uuid. That of a LUKS disk can be loaded only inside the block."""
+        if entry.luks is None:
+            yield entry.table.text if entry.table else None, entry.uuid
+            return
+        wanted, secret = entry.luks.wanted(), entry.luks.secret()
+        async with unlocked(self._mapper.unlocking, _Opener(self), wanted, secret) as (table, uuid):
+            yield table, entry.uuid or f"{uuid}{name}"
+
+    async def _change(self, name: str, placed: _Placed, entry: DeviceEntry) -> None:
         device = placed.device
         device.deferred_remove = False
         if entry.uuid and entry.uuid != device.uuid:
             self._mapper.set_uuid(device, entry.uuid)
         if entry.minor is not None and device.number != f"{MAJOR}:{entry.minor}":
             raise InvalidArgument(f"the number of a device that is there cannot be changed, it is {device.number}")
-        if entry.table is None:
-            if placed.table is not None:
+        if entry.table is None and entry.luks is None:
+            if placed.table is not None or placed.luks is not None:
                 raise InvalidArgument("a table cannot be taken away from a device that is there; the present one stays")
             return
-        if entry.table.same_as(placed.table) and entry.read_only == placed.read_only:
+        same = entry.luks == placed.luks and (entry.table is None or entry.table.same_as(placed.table))
+        if same and entry.read_only == placed.read_only:
             return
-        await device.load(entry.table.lines, _Opener(self), entry.read_only)
+        async with self._table(name, entry) as (table, _):
+            await device.load(parse_table(table or ""), _Opener(self), entry.read_only)
         if device.suspended:
             log.warning("%s: is suspended; its new table goes live when it is resumed", device.name)
         else:
@@ -252,7 +269,7 @@ class _Change:
                 await device.clear()
                 raise
             log.info("%s: new table", device.name)
-        placed.table, placed.read_only = entry.table, entry.read_only
+        placed.table, placed.luks, placed.read_only = entry.table, entry.luks, entry.read_only
 
     async def _send(self, name: str, placed: _Placed, messages: Sequence[str]) -> None:
         """Sends the messages that were not sent before, up to the first that is refused."""
@@ -300,10 +317,10 @@ class _Opener:
         self._mapper = change._mapper
         self._directory = change._config.directory
 
-    async def open(self, reference: str, read_only: bool, *, may_be_absent: bool = False) -> Device:
+    async def open(self, reference: str, read_only: bool) -> Device:
         """As Opener.open, after seeing to it that it is there."""
         await self._change.prepare(reference)
-        return await self._mapper.open(reference, read_only, self._directory, may_be_absent=may_be_absent)
+        return await self._mapper.open(reference, read_only, self._directory)
 
     async def release(self, device: Device) -> None:
         """As Opener.release."""
@@ -319,9 +336,7 @@ async def open_disk(name: str, number: str, entry: DiskEntry) -> Device:
         )  # fmt: skip
     if isinstance(entry, MemoryEntry):
         return MemoryDisk(name, number, entry.memory, limit=entry.limit, read_only=entry.read_only)
-    return await RemoteDisk.connect(
-        entry.nbd, name=name, number=number, read_only=entry.read_only, reconnect=entry.reconnect(), may_be_absent=True
-    )
+    return await RemoteDisk.connect(entry.nbd, name=name, number=number, read_only=entry.read_only)
 
 
 def _real_number(path: str) -> str:

@@ -29,7 +29,7 @@ from nbdmap.control.schema import (
     File,
     FileEntry,
     Keys,
-    MultipathEntry,
+    LuksEntry,
     Surroundings,
     TlsEntry,
     meant,
@@ -61,9 +61,6 @@ class Config:
     listen: tuple[Uri, ...]
     admin: str | None
     tls: TlsEntry | None
-    multipath: MultipathEntry
-    on_event: tuple[str, ...] | None
-    """A program and its arguments, run for every event."""
     disks: Mapping[str, DiskEntry]
     devices: Mapping[str, DeviceEntry]
     bottom_up: tuple[str, ...]
@@ -150,10 +147,7 @@ def parse(raw: bytes, file: str, types: Collection[str], tables: Mapping[str, st
         index = listen.index(secure[0])
         raise BadConfig([origin.explain(("listen", index), f"{str(secure[0])!r} needs the key tls with its certificates")])
     order = _bottom_up(checked.devices, origin)
-    return Config(
-        listen, checked.admin, checked.tls, checked.multipath, checked.on_event, checked.disks, checked.devices, order,
-        directory, origin,
-    )  # fmt: skip
+    return Config(listen, checked.admin, checked.tls, checked.disks, checked.devices, order, directory, origin)
 
 
 def from_command_line(tables: Mapping[str, str], types: Collection[str]) -> Config:
@@ -209,9 +203,10 @@ def _model_at(path: list[int | str]) -> type[Keys]:
     if path[0] == "disks":
         return DISK_KINDS.get(str(path[2]), BaseDisk) if len(path) > 2 else BaseDisk
     if path[0] == "devices":
+        if path[2:3] == ["luks"] and len(path) > 3:
+            return LuksEntry
         return ExportEntry if path[2:3] == ["export"] and len(path) > 3 else DeviceEntry
-    models: Mapping[object, type[Keys]] = {"tls": TlsEntry, "multipath": MultipathEntry}
-    return models.get(path[0], File) if len(path) > 1 else File
+    return TlsEntry if path[0] == "tls" and len(path) > 1 else File
 
 
 def _unknown(key: str, model: type[Keys], path: list[int | str]) -> str:
@@ -220,7 +215,7 @@ def _unknown(key: str, model: type[Keys], path: list[int | str]) -> str:
         if others:
             mine = next(kind for kind, other in DISK_KINDS.items() if other is model)
             return f"does not go together with {mine}" if key in DISK_KINDS else f"belongs to {others[0]} disks, not to {mine}"
-    return "unknown key" + meant(key, model.model_fields)
+    return "unknown key" + meant(key, [known for known in model.model_fields if known != "on_event"])
 
 
 # --- what must be unique, and what stands on what --------------------------------------------------------------------------
@@ -279,6 +274,11 @@ def _from_first(loop: list[str], order: list[str]) -> list[str]:
 
 def _named(device: DeviceEntry, devices: Mapping[str, DeviceEntry], numbers: Mapping[str, str]) -> Iterable[str]:
     """The devices that a table surely names."""
+    if device.luks is not None:
+        for reference in (device.luks.disk, device.luks.header):
+            name = numbers.get(reference) or strip_directory(reference)
+            if name in devices:
+                yield name
     for line in device.table.lines if device.table else ():
         for word in split_words(line.params):
             name = numbers.get(word) or strip_directory(word)

@@ -26,14 +26,16 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from nbdmap.block.reconnect import Reconnect
 from nbdmap.control.exports import ExportSettings
+from nbdmap.control.luks import LuksDisk, Secret
 from nbdmap.control.mapper import MAJOR, MINORS, check_name
 from nbdmap.dm.args import split_words
 from nbdmap.dm.table import TableLine, check_layout, parse_table
 from nbdmap.errors import InvalidArgument, NbdmapError
+from nbdmap.luks.keyfile import MAX_KEY_FILE, KeyFile
+from nbdmap.luks.metadata import MAX_SLOTS
 from nbdmap.nbd.uri import Uri, parse_uri
-from nbdmap.units import SECTOR, parse_duration, parse_size
+from nbdmap.units import SECTOR, parse_size
 
 _NUMBER: Final = re.compile(r"(0|[1-9][0-9]{0,9}):(0|[1-9][0-9]{0,9})")
 
@@ -89,12 +91,6 @@ def _size(value: object) -> object:
     if not size or size % SECTOR:
         raise _wrong(f"a size of {size} bytes is not a multiple of {SECTOR}, or 0")
     return size
-
-
-def _duration(value: object) -> object:
-    if type(value) not in (int, str):
-        raise _wrong("should be a duration, such as 5s")
-    return _checked(parse_duration, str(value))
 
 
 def _number(value: object) -> object:
@@ -178,19 +174,12 @@ def _maybe_empty(value: object) -> object:
     return {} if value is None else value
 
 
-def _command(value: object) -> object:
-    """The program and its arguments; of text, the shell's."""
-    if isinstance(value, str) and value.strip():
-        return ("/bin/sh", "-c", value)
-    if isinstance(value, list) and value and all(type(word) in (int, str) for word in value):
-        return tuple(str(word) for word in value)
-    raise _wrong("should be a program with its arguments as a list, or a command for the shell as text")
+def _not_yet(value: object) -> object:
+    raise _wrong("not there yet")
 
 
 Text = Annotated[str, BeforeValidator(_text)]
 FilePath = Annotated[Text, AfterValidator(_path)]
-Duration = Annotated[float, BeforeValidator(_duration)]
-Command = Annotated[tuple[str, ...], BeforeValidator(_command)]
 Size = Annotated[int, BeforeValidator(_size)]
 DeviceNumber = Annotated[str, BeforeValidator(_number)]
 DiskName = Annotated[str, AfterValidator(_disk_name)]
@@ -250,11 +239,6 @@ class NbdEntry(BaseDisk):
     """A disk that is another server's export."""
 
     nbd: Annotated[Uri, BeforeValidator(_uri)]
-    timeout: Duration | None = None
-
-    def reconnect(self) -> Reconnect:
-        """How long requests wait for a server that is away or silent."""
-        return Reconnect(deadline_s=self.timeout, silence_s=self.timeout) if self.timeout else Reconnect()
 
 
 DISK_KINDS: Final[Mapping[str, type[BaseDisk]]] = {"file": FileEntry, "memory": MemoryEntry, "nbd": NbdEntry}
@@ -282,29 +266,61 @@ class ExportEntry(Keys):
     max_connections: Annotated[int, Field(ge=0, le=1 << 20)] = 0
 
 
+class LuksEntry(Keys):
+    """`luks`: the device is what is decrypted of `disk`; what is a file here is read when the device is made."""
+
+    disk: Text
+    header: Text = ""
+    key_file: FilePath | None = None
+    key_file_size: Annotated[int, Field(ge=1, le=MAX_KEY_FILE)] | None = None
+    key_file_offset: Annotated[int, Field(ge=0)] = 0
+    volume_key_file: FilePath | None = None
+    key_slot: Annotated[int, Field(ge=0, lt=MAX_SLOTS)] | None = None
+    allow_discards: bool = False
+
+    @model_validator(mode="after")
+    def _one_secret(self) -> "LuksEntry":
+        if (self.key_file is None) == (self.volume_key_file is None):
+            raise _wrong("should have one of the keys key_file, volume_key_file")
+        return self
+
+    def wanted(self) -> LuksDisk:
+        """What to open."""
+        options = ("allow_discards",) if self.allow_discards else ()
+        return LuksDisk(self.disk, self.header, self.key_slot, options)
+
+    def secret(self) -> Secret:
+        """What opens it."""
+        if self.volume_key_file is not None:
+            return Secret(volume_key_file=self.volume_key_file)
+        assert self.key_file is not None
+        return Secret(key_file=KeyFile(self.key_file, self.key_file_size, self.key_file_offset))
+
+
 class DeviceEntry(Keys):
     """A mapped device. Without a table it is made, and waits for one."""
 
     uuid: Text = ""
     table: CheckedTable | None = None
+    luks: LuksEntry | None = None
     read_only: bool = False
     minor: Annotated[int, Field(ge=0, lt=MINORS)] | None = None
     messages: tuple[Annotated[Text, AfterValidator(_message)], ...] = Field(default=(), strict=False)
     export: Annotated[ExportEntry | None, BeforeValidator(_export)] = ExportEntry()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DeviceEntry":
+        if self.table is not None and self.luks is not None:
+            raise _wrong("table and luks do not go together")
+        return self
 
     def settings(self) -> ExportSettings | None:
         """How it is exported, or None."""
         return ExportSettings(**self.export.model_dump()) if self.export else None
 
 
-class MultipathEntry(Keys):
-    """`multipath`: how often paths are checked; 0 is never."""
-
-    polling_interval: Duration = 5.0
-
-
 class File(Keys):
-    """The whole file."""
+    """The whole file. `on_event` belongs to the face, not yet to the program."""
 
     listen: Annotated[list[Annotated[Uri, AfterValidator(lambda uri: _checked(check_listen, uri)), BeforeValidator(_uri)]],
                       BeforeValidator(_one_or_more)] | None = None  # fmt: skip
@@ -312,5 +328,4 @@ class File(Keys):
     tls: TlsEntry | None = None
     disks: Annotated[dict[DiskName, _Disk], BeforeValidator(_maybe_empty)] = {}
     devices: Annotated[dict[DeviceName, DeviceEntry], BeforeValidator(_maybe_empty)] = {}
-    multipath: MultipathEntry = MultipathEntry()
-    on_event: Command | None = None
+    on_event: Annotated[None, BeforeValidator(_not_yet)] = None

@@ -5,17 +5,20 @@ with the kernel's errno and changes nothing. Devices are named by NAME, /dev/map
 is given, it names the device instead. Sizes and starts that verbs report are in sectors, as dmsetup's.
 """
 
+import base64
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
 from nbdmap import __version__
 from nbdmap.block.io import Op
 from nbdmap.control.exports import Exports, ExportSettings
+from nbdmap.control.luks import LuksDisk, Secret, unlocked
 from nbdmap.control.mapper import Mapper, check_name
 from nbdmap.dm.args import split_words
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import Table, TargetLine, parse_table
 from nbdmap.errors import Busy, InvalidArgument
+from nbdmap.luks.secret import wiping
 from nbdmap.units import SECTOR
 
 Data = dict[str, Any]
@@ -61,6 +64,31 @@ class Verbs:
                 await self._mapper.remove(device)
                 raise
         return self._describe(device)
+
+    async def luks_open(
+        self,
+        name: str,
+        disk: str,
+        passphrase: str,
+        header: str = "",
+        key_slot: int | None = None,
+        allow_discards: bool = False,
+        uuid: str = "",
+        read_only: bool = False,
+        directory: str = "/",
+        export: bool = True,
+    ) -> Data:
+        """Makes a device of what is decrypted of a LUKS disk; `passphrase` is in base64, as it need not be text."""
+        try:
+            secret = bytearray(base64.b64decode(passphrase, validate=True))
+        except ValueError:
+            raise InvalidArgument("the passphrase is not in base64") from None
+        check_name(name)
+        wanted = LuksDisk(disk, header, key_slot, ("allow_discards",) if allow_discards else ())
+        opener = self._mapper.opener(directory)
+        with wiping(secret):
+            async with unlocked(self._mapper.unlocking, opener, wanted, Secret(secret)) as (table, prefix):
+                return await self.create(name, table, uuid or f"{prefix}{name}", None, read_only, directory, export)
 
     async def remove(self, name: str = "", uuid: str = "", force: bool = False, deferred: bool = False) -> Data:
         """Removes a device. `force` first replaces its table by one that fails every request; `deferred` removes an open

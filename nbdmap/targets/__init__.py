@@ -8,10 +8,9 @@ from nbdmap.dm.target import Target
 from nbdmap.targets.crypt.target import Crypt
 from nbdmap.targets.error import Error
 from nbdmap.targets.linear import Linear
-from nbdmap.targets.multipath import Multipath
 from nbdmap.targets.striped import Striped
 from nbdmap.targets.zero import Zero
 
 TARGETS: Final[Mapping[str, type[Target]]] = MappingProxyType(
-    {target.type_name: target for target in (Error, Zero, Linear, Striped, Crypt, Multipath)}
+    {target.type_name: target for target in (Error, Zero, Linear, Striped, Crypt)}
 )

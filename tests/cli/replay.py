@@ -100,8 +100,7 @@ class World:
         elif step.kind == "&":
             self._later.append(step.text)
         elif step.kind == "%":
-            if step.words[0] in ("hold", "release"):
-                self._hold_or_release(*step.words)
+            self._hold_or_release(*step.words)
         else:
             answer = self._command(step.text, "".join(f"{line}\n" for line in step.given))
             self.do_meanwhile()

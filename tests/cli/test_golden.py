@@ -45,8 +45,6 @@ MANGLE = "mangle finds the device that is named; dmsetup does not, when its name
 ITSELF = "a table that would make a device stand on itself is refused; Linux loads it"
 DEVICE_FIRST = "a device that is not there is told before a uuid that is taken"
 EMPTY_MESSAGE = "MAPPER: a message to a device without a table is dropped; Linux 6.1 refuses (EINVAL)"
-DOCUMENTS = "without queue_mode bio repeat counts are obeyed and waiting requests counted, as in the kernel's documents"
-EACH_PATH = "each path that fails or comes back is an event; Linux counts those of one message once"
 
 _LINEAR = "dmsetup create d --table '0 8 linear 7:0 0'"
 DIFFERENT = (
@@ -96,11 +94,6 @@ DIFFERENT = (
     Difference("misc", "dmsetup target-version zero", LIKE_6_12),
     Difference("misc", "dmsetup target-version error", LIKE_6_12),
     Difference("misc", "dmsetup stats list", OWN_STATS),
-    Difference("multipath", "dmsetup message rr 0 fail_path 7:99", LIKE_6_12),
-    Difference("multipath", "dmsetup message rr 0 fail_path /dev/none", FILES),
-    Difference("multipath", "dmsetup info -c -o name,events twice", EACH_PATH),
-    Difference("multipath", "dmsetup table request", DOCUMENTS),
-    Difference("multipath", "dmsetup status request", DOCUMENTS),
     Difference("names", "dmsetup mangle 'star*'", MANGLE),
     Difference("names", "dmsetup ls", UNMANGLED, (5,)),
     Difference("names", "dmsetup info -c", UNMANGLED, (2,)),

@@ -75,6 +75,14 @@ def made(version: int) -> MemoryImage:
     return _template(version).copy()
 
 
+def disk_file(path: Path, version: int = 2, data_size: int = 1 << 20) -> Path:
+    """A file with the disk of `made` and place for data."""
+    with path.open("wb") as file:
+        file.write(made(version).bytes[: 2 << 20])
+        file.truncate((2 << 20) + data_size)
+    return path
+
+
 def passphrase(text: str) -> bytearray:
     return bytearray(text.encode())
 

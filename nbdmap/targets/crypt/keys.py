@@ -8,7 +8,8 @@ No message of an error says more of a key than its length.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from nbdmap.errors import InvalidArgument, NoKey, from_os_error
@@ -20,10 +21,22 @@ _OTHER_TYPES: Final = ("encrypted", "trusted")
 
 
 class Keyring:
-    """The files that keys are in, by "type:description"."""
+    """The files that keys are in, by "type:description", and keys that are held while a table is loaded."""
 
     def __init__(self) -> None:
         self._files: Mapping[str, str] = {}
+        self._held: dict[str, list[bytearray]] = {}
+
+    @contextmanager
+    def holding(self, name: str, key: bytearray) -> Iterator[None]:
+        """Inside the block `key` is in the keyring as "type:description", whatever the files say; the caller wipes it."""
+        self._held.setdefault(name, []).append(key)
+        try:
+            yield
+        finally:
+            left = [one for one in self._held.pop(name) if one is not key]
+            if left:
+                self._held[name] = left
 
     def replace(self, files: Mapping[str, str]) -> None:
         """From now on these. Tables that are loaded keep the keys they have."""
@@ -31,6 +44,10 @@ class Keyring:
 
     def read(self, name: str, size: int) -> bytearray:
         """The key of "type:description". Raises NoKey (ENOKEY), IoFailed, or InvalidArgument when it has not `size` bytes."""
+        if held := self._held.get(name):
+            if len(held[-1]) != size:
+                raise InvalidArgument(f"key {name!r} has {len(held[-1])} bytes, not {size}")
+            return held[-1][:]
         path = self._files.get(name)
         if path is None:
             raise NoKey(f"there is no key {name!r} in the keyring section of the configuration")
