@@ -167,6 +167,26 @@ class Deferred(Coroutine[Any, Any, None]):
         for callback in callbacks:
             callback(error)
 
+    def follow(self, pending: Pending) -> None:
+        """Starts `pending` and ends as it does; until then a cancellation goes to it."""
+        if isinstance(pending, Deferred):
+            self.on_cancel = pending.cancel
+            pending.then(self.finish)
+            return
+        try:
+            yielded = pending.send(None)
+        except StopIteration:
+            self.finish()
+        except Exception as error:
+            self.finish(error)
+        else:
+            task: asyncio.Task[None] = asyncio.get_running_loop().create_task(Continued(pending, yielded))
+            self.on_cancel = task.cancel
+            task.add_done_callback(self._followed)
+
+    def _followed(self, task: "asyncio.Task[None]") -> None:
+        self.finish(asyncio.CancelledError() if task.cancelled() else task.exception())
+
     def then(self, callback: Callable[[BaseException | None], object]) -> None:
         """Calls `callback(error or None)` when the request ends, at once if it has; in the order they were given."""
         if self.ended:

@@ -6,11 +6,31 @@ from typing import Final
 
 from nbdmap.dm.target import Target
 from nbdmap.targets.crypt.target import Crypt
+from nbdmap.targets.delay import Delay
+from nbdmap.targets.dust import Dust
+from nbdmap.targets.ebs import Ebs
 from nbdmap.targets.error import Error
+from nbdmap.targets.flakey import Flakey
 from nbdmap.targets.linear import Linear
+from nbdmap.targets.log_writes import LogWrites
 from nbdmap.targets.striped import Striped
+from nbdmap.targets.switch import Switch
+from nbdmap.targets.unstriped import Unstriped
 from nbdmap.targets.zero import Zero
 
-TARGETS: Final[Mapping[str, type[Target]]] = MappingProxyType(
-    {target.type_name: target for target in (Error, Zero, Linear, Striped, Crypt)}
+_ALL: Final[tuple[type[Target], ...]] = (
+    Error,
+    Zero,
+    Linear,
+    Striped,
+    Crypt,
+    Delay,
+    Flakey,
+    Dust,
+    LogWrites,
+    Unstriped,
+    Switch,
+    Ebs,
 )
+
+TARGETS: Final[Mapping[str, type[Target]]] = MappingProxyType({target.type_name: target for target in _ALL})

@@ -1,55 +1,15 @@
 """The write log of one disk in dm-log-writes' format, for `replay-log` of josefbacik/log-writes and xfstests.
 
-Little-endian, in sectors of 512 bytes: a superblock {u64 magic, u64 version, u64 entries, u32 sector size}, then for each
-entry a sector {u64 sector, u64 sectors, u64 flags, u64 data length} and its data; a discard has none, a mark's text stands in
-the rest of its own sector. As the kernel's target does it, a plain write enters the log when a flush that came after its end
-has ended, or else at the end; FUA writes and marks enter it at once.
+The records are those of the log-writes target, in sectors of 512 bytes. As the kernel's target does it, a plain write enters
+the log when a flush that came after its end has ended, or else at the end; FUA writes and marks enter it at once.
 """
 
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import IntFlag
-from typing import Final
 
 from nbdmap.errors import CorruptMetadata
+from nbdmap.targets.log_writes import END, MAGIC, VERSION, Flag, Head, Logged, Superblock
 from nbdmap.units import SECTOR
 from tests.crash.log import Entry, WriteLog
-
-MAGIC: Final = 0x6A736677736872
-VERSION: Final = 1
-END: Final = "dm-log-writes-end"
-
-_SUPER: Final = struct.Struct("<QQQI")
-_ENTRY: Final = struct.Struct("<QQQQ")
-
-
-class Flag(IntFlag):
-    """What an entry is."""
-
-    FLUSH = 1
-    FUA = 2
-    DISCARD = 4
-    MARK = 8
-    METADATA = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Logged:
-    """An entry as it stands in the log; `data` is a write's, or a mark's text."""
-
-    sector: int
-    sectors: int
-    flags: Flag
-    data: bytes = b""
-
-    def encode(self) -> bytes:
-        """Its sectors."""
-        mark = bool(self.flags & Flag.MARK)
-        head = _ENTRY.pack(self.sector, self.sectors, self.flags, len(self.data) if mark else 0)
-        if mark:
-            return (head + self.data[: SECTOR - len(head) - 1]).ljust(SECTOR, b"\0")
-        return head.ljust(SECTOR, b"\0") + self.data
 
 
 def entries_of(log: WriteLog, disk: int) -> Iterator[Logged]:
@@ -102,30 +62,31 @@ def _write(entry: Entry, *, fua: bool = False) -> Logged:
 def dump(log: WriteLog, disk: int) -> bytes:
     """The log device of one disk."""
     entries = list(entries_of(log, disk))
-    head = _SUPER.pack(MAGIC, VERSION, len(entries), SECTOR).ljust(SECTOR, b"\0")
+    head = Superblock(MAGIC, VERSION, len(entries), SECTOR).pack().ljust(SECTOR, b"\0")
     return head + b"".join(entry.encode() for entry in entries)
 
 
 def load(raw: bytes) -> list[Logged]:
     """The entries of a log device. Raises CorruptMetadata."""
-    magic, version, count, size = _SUPER.unpack_from(raw)
-    if (magic, version) != (MAGIC, VERSION) or size < _ENTRY.size or size % SECTOR:
-        raise CorruptMetadata(f"superblock: magic {magic:#x}, version {version}, sectors of {size} are not dm-log-writes'")
+    superblock = Superblock.unpack(raw)
+    size = superblock.sector_size
+    if (superblock.magic, superblock.version) != (MAGIC, VERSION) or size < Head.layout.size or size % SECTOR:
+        raise CorruptMetadata(f"{superblock} is not dm-log-writes'")
     found: list[Logged] = []
     at = size
-    for number in range(count):
+    for number in range(superblock.entries):
         if at + size > len(raw):
-            raise CorruptMetadata(f"entry {number} of {count} is beyond the end")
-        sector, sectors, bits, length = _ENTRY.unpack_from(raw, at)
-        flags = Flag(bits)
-        inside = at + _ENTRY.size
+            raise CorruptMetadata(f"entry {number} of {superblock.entries} is beyond the end")
+        head = Head.unpack(raw, at)
+        flags = Flag(head.flags)
+        inside = at + Head.layout.size
         at += size
         if flags & Flag.MARK:
-            data = raw[inside : inside + length]
+            data = raw[inside : inside + head.data_length]
         else:
-            data = b"" if flags & Flag.DISCARD else raw[at : at + sectors * size]
+            data = b"" if flags & Flag.DISCARD else raw[at : at + head.sectors * size]
             at += len(data)
-        found.append(Logged(sector, sectors, flags, data))
+        found.append(Logged(head.sector, head.sectors, flags, data))
     return found
 
 

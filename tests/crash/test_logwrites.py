@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from nbdmap.errors import CorruptMetadata
+from nbdmap.targets.log_writes import END, MAGIC, Flag
 from tests.crash.clock import run
 from tests.crash.explore import Explorer, Recording, Where, record
 from tests.crash.log import WriteLog
-from tests.crash.logwrites import END, MAGIC, Flag, dump, entries_of, load, replay
+from tests.crash.logwrites import dump, entries_of, load, replay
 from tests.crash.stacks import SCENARIOS
 
 

@@ -25,6 +25,7 @@ ABRIDGED: Final = (
     ("dmsetup help -c", "@FIELDS@", re.compile(r"Mapped Device Name Fields\n-+\n.*  \?  +- Show help\..*?\n \n", re.DOTALL)),
 )
 LINE_KINDS: Final = frozenset("#$+<=&%>!~?")
+DIFFERENCES: Final = "linux-6.12.diff"
 
 PRELUDE: Final = """
 modprobe loop max_loop=8; modprobe dm-zero
@@ -171,6 +172,27 @@ def differences(recorded: dict[str, str], otherwise: dict[str, str]) -> str:
     return "".join(lines)
 
 
+def as_on_6_12(name: str) -> str:
+    """The transcript `name` with what linux-6.12.diff says of it."""
+    lines = (GOLDEN / name).read_text().splitlines(keepends=True)
+    section = rf"^--- 6\.1/{re.escape(name)}\n.*\n((?:[@ +-].*\n)*?)(?=--- |\Z)"
+    found = re.search(section, (GOLDEN / DIFFERENCES).read_text(), re.MULTILINE)
+    done: list[str] = []
+    at = 0
+    for line in found[1].splitlines(keepends=True) if found else []:
+        if hunk := re.match(r"@@ -(\d+)", line):
+            done += lines[at : int(hunk[1]) - 1]
+            at = int(hunk[1]) - 1
+            continue
+        if line[0] != "+":
+            if lines[at] != line[1:]:
+                raise ValueError(f"{DIFFERENCES} does not fit line {at + 1} of {name}")
+            at += 1
+        if line[0] != "-":
+            done.append(line[1:])
+    return "".join(done + lines[at:])
+
+
 def read_all() -> dict[str, str]:
     """Every transcript by its path below GOLDEN."""
     return {str(path.relative_to(GOLDEN)): path.read_text() for path in sorted(GOLDEN.rglob("*.txt"))}
@@ -187,7 +209,7 @@ def main(arguments: Sequence[str]) -> None:
     for name, text in record_all(stock, chosen).items():
         (GOLDEN / name).write_text(text)
     files = read_all()
-    (GOLDEN / "linux-6.12.diff").write_text(differences(files, record_all(backport, files)))
+    (GOLDEN / DIFFERENCES).write_text(differences(files, record_all(backport, files)))
 
 
 if __name__ == "__main__":
