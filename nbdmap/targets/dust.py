@@ -109,10 +109,11 @@ class Dust(Target):
         return run_all(requests)
 
     def _write_fails(self, number: int) -> bool:
-        if self._bad[number]:
+        if self._bad.get(number):
             self._bad[number] -= 1
             return True
-        del self._bad[number]
+        if self._bad.pop(number, None) is None:  # another piece of the request has made it good
+            return False
         self._say("block %d removed from badblocklist by write", number)
         return False
 

@@ -68,7 +68,8 @@ class Features:
 
     @classmethod
     def parse(cls, args: Args) -> Self:
-        """The words of the group. Raises InvalidArgument for what is unknown, doubled or in conflict."""
+        """The words of the group. Raises InvalidArgument for what is unknown or in conflict, and for a switch that is given
+        twice; of a feature with a value the last one counts."""
         found = cls()
         while args:
             word = args.word("feature")
@@ -88,8 +89,6 @@ class Features:
         setattr(self, name, True)
 
     def _read_corrupt(self, args: Args) -> None:
-        if self.corrupt is not None:
-            raise InvalidArgument("corrupt_bio_byte is given twice")
         nth = args.number("corrupt_bio_byte: number of the byte", 1, MAX_UINT)
         direction = args.word("corrupt_bio_byte: direction").lower()
         if direction not in ("r", "w"):
@@ -99,13 +98,9 @@ class Features:
         self.corrupt = CorruptByte(nth, READ if direction == "r" else WRITE, value, flags)
 
     def _read_number(self, name: str, word: str, args: Args) -> None:
-        if getattr(self, name):
-            raise InvalidArgument(f"{word} is given twice")
         setattr(self, name, args.number(word, 0, CERTAIN))
 
     def _read_seed(self, args: Args) -> None:
-        if self.seed is not None:
-            raise InvalidArgument("seed is given twice")
         self.seed = args.number("seed")
 
     def _check(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nbdmap.block.io import DONE, READ, Continued, Deferred, Failed, Io, Plug, run_all
+from nbdmap.block.io import DONE, READ, Continued, Deferred, Failed, Io, Pending, Plug, run_all
 from nbdmap.errors import IoFailed
 
 
@@ -110,3 +110,49 @@ def test_a_part_keeps_the_plug() -> None:
     plug = Plug()
     assert Io(READ, 1024, memoryview(bytearray(1024)), 0, plug).part(512, 512).plug is plug
     assert not Io(READ, 1024).plug.active
+
+
+async def test_a_deferred_follows_whatever_it_is_given() -> None:
+    def ended(pending: Pending) -> Deferred:
+        deferred = Deferred()
+        deferred.follow(pending)
+        return deferred
+
+    async def fails() -> None:
+        raise IoFailed("at once")
+
+    async def waits(gate: asyncio.Event, error: Exception | None = None) -> None:
+        await gate.wait()
+        if error:
+            raise error
+
+    assert ended(DONE).ended
+    for failed in (ended(Failed(IoFailed("at once"))), ended(fails())):
+        with pytest.raises(IoFailed, match="at once"):
+            await failed
+    below = Deferred()
+    above = ended(below)
+    assert not above.ended
+    below.finish()
+    assert above.ended
+    gate = asyncio.Event()
+    good, bad = ended(waits(gate)), ended(waits(gate, IoFailed("later")))
+    assert (good.ended, bad.ended) == (False, False)
+    gate.set()
+    await good
+    with pytest.raises(IoFailed, match="later"):
+        await bad
+
+
+async def test_a_cancellation_reaches_what_is_followed() -> None:
+    below = Deferred()
+    below.on_cancel = below.finish
+    above = Deferred()
+    above.follow(below)
+    above.cancel()
+    assert (below.ended, above.ended) == (True, True)
+    waiting = Deferred()
+    waiting.follow(asyncio.Event().wait())  # type: ignore[arg-type]
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
