@@ -8,7 +8,7 @@ Invariants: a block is given out only if it is free now and was free in the last
 
 from collections import defaultdict
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 
@@ -60,7 +60,7 @@ class DataMap:
         tx.maps.append(self)
 
     @classmethod
-    def create(cls, tx: Transaction, nr_blocks: int) -> "DataMap":
+    def create(cls, tx: Transaction, nr_blocks: int) -> Self:
         """The map of a data device with nothing on it. Raises OutOfSpace when its trees have no place."""
         index, ref_counts = Btree.create(tx, INDEX_ENTRIES).root, Btree.create(tx, REF_COUNTS).root
         one = cls(tx, Root(0, 0, index, ref_counts))
@@ -68,7 +68,7 @@ class DataMap:
         return one
 
     @classmethod
-    async def open(cls, tx: Transaction, root: bytes) -> "DataMap":
+    async def open(cls, tx: Transaction, root: bytes) -> Self:
         """Reads the index. Raises CorruptMetadata."""
         one = cls(tx, Root.unpack(root))
         parts = [(keys, np.frombuffer(data, INDEX_ENTRY)) async for keys, data in one._index.arrays()]

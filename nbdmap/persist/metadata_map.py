@@ -10,7 +10,7 @@ at most once a transaction, so it ends.
 """
 
 from array import array
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,7 @@ class MetadataMap:
         self._allocated = 0
 
     @classmethod
-    def create(cls, nr_blocks: int) -> "MetadataMap":
+    def create(cls, nr_blocks: int) -> Self:
         """The map of a new metadata device: block 0, the superblock, is in use."""
         one = cls(0)
         one.extend(nr_blocks)
@@ -80,7 +80,7 @@ class MetadataMap:
         return one
 
     @classmethod
-    async def open(cls, store: BlockStore, root: bytes) -> "MetadataMap":
+    async def open(cls, store: BlockStore, root: bytes) -> Self:
         """Reads the whole map. Raises CorruptMetadata."""
         found = Root.unpack(root)
         entries = await read_index(store, found)

@@ -16,7 +16,7 @@ from nbdmap.units import SECTOR
 from tests.crash.clock import Deadlock, run
 from tests.crash.cut import SHORT, Cut, Effort, State
 from tests.crash.disks import CALM, Weather
-from tests.crash.log import ALL, WriteLog
+from tests.crash.log import WriteLog
 from tests.crash.oracle import Client, Violation, describe, read_all
 from tests.crash.scenario import Scenario, Stack
 
@@ -204,8 +204,8 @@ async def record(scenario: Scenario, images: Sequence[bytes], rng: random.Random
     if fresh:
         with scenario.disks(log, start, CALM) as disks:
             await scenario.format(disks)
-        last = State(tuple((entry.number, ALL) for entry in log.entries if entry.kind != "flush"))
-        start = Cut(log, start, log.now).images(log, last) if log.entries else start
+        made = Cut(log, start, log.now)
+        start = made.images(log, State(tuple(made.in_order())))
         log = WriteLog()
     weather = Weather(rng.getrandbits(64), scenario.faults(rng))
     first: dict[str, bytes] = {}

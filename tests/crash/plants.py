@@ -17,6 +17,7 @@ from nbdmap.targets import TARGETS
 from nbdmap.targets.linear import Linear
 from nbdmap.targets.striped import Stripe, Striped
 from nbdmap.units import SECTOR
+from tests.crash.persist_plants import PERSIST_PLANTS
 from tests.crash.scenario import Scenario
 from tests.crash.stacks import SCENARIOS
 
@@ -393,6 +394,7 @@ PLANTS: Final[dict[str, Plant]] = {
     "count-when-sync-ends": Plant("linear-files", {"file_type": CountWhenSyncEnds}),
     "join-running-sync": Plant("linear-files", {"file_type": JoinRunningSync}),
     "zeroes-are-no-change": Plant("linear-files", {"file_type": ZeroesAreNoChange}),
+    **{name: Plant("persist", changes) for name, changes in PERSIST_PLANTS.items()},
 }
 
 

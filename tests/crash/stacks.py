@@ -6,6 +6,7 @@ from typing import ClassVar, Final
 from nbdmap.block.device import Device
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
+from tests.crash.persist import Persist
 from tests.crash.scenario import Scenario, Stack
 from tests.support.disks import FakeOpener
 
@@ -81,5 +82,5 @@ class StackedFiles(Stacked):
 
 
 SCENARIOS: Final[dict[str, type[Scenario]]] = {
-    kind.name: kind for kind in (Linear, Striped, Stacked, LinearFiles, StripedFiles, StackedFiles)
+    kind.name: kind for kind in (Linear, Striped, Stacked, LinearFiles, StripedFiles, StackedFiles, Persist)
 }

@@ -1,12 +1,9 @@
-"""A pool of thin metadata, as little of it as the library's tests need: superblock, mappings, details (reference g.2).
-
-`Pool` is changed by the tests' operations and keeps, in `model`, what must be in it.
-"""
+"""A pool of thin metadata, as little of it as the library's tests need: superblock, mappings, details (reference g.2)."""
 
 import subprocess
 from pathlib import Path
 from struct import Struct
-from typing import Final
+from typing import ClassVar, Final, Self
 
 import numpy as np
 
@@ -31,39 +28,43 @@ DETAILS: Final = Values[Details](24, lambda value: _DETAILS.pack(*value), _DETAI
 TIME_BITS: Final = 24
 
 
-class Pool:
+class Metadata:
     """Thin metadata on `device`: made by `create`, or read by `open`."""
 
+    store_type: ClassVar[type[BlockStore]] = BlockStore
+    space_type: ClassVar[type[MetadataMap]] = MetadataMap
+    transaction_type: ClassVar[type[Transaction]] = Transaction
+    data_type: ClassVar[type[DataMap]] = DataMap
+
     def __init__(self, device: Device, cache: int) -> None:
-        self.store = BlockStore(device, cache)
+        self.store = self.store_type(device, cache)
         self.time = 0
         self.transaction = 0
         self.held_root = 0
         self.flags = 0
-        self.model: dict[int, dict[int, int]] = {}
 
     @classmethod
-    async def create(cls, device: Device, data_blocks: int = 1000, cache: int = 1024) -> "Pool":
+    async def create(cls, device: Device, data_blocks: int = 1000, cache: int = 1024) -> Self:
         pool = cls(device, cache)
-        pool.space = MetadataMap.create(pool.store.nr_blocks)
-        pool.tx = Transaction(pool.store, pool.space)
-        pool.data = DataMap.create(pool.tx, data_blocks)
+        pool.space = cls.space_type.create(pool.store.nr_blocks)
+        pool.tx = cls.transaction_type(pool.store, pool.space)
+        pool.data = cls.data_type.create(pool.tx, data_blocks)
         pool.forest = Forest.create(pool.tx, pool.mappings())
         pool.details = Btree.create(pool.tx, DETAILS)
         await pool.commit()
         return pool
 
     @classmethod
-    async def open(cls, device: Device, cache: int = 1024) -> "Pool":
+    async def open(cls, device: Device, cache: int = 1024) -> Self:
         pool = cls(device, cache)
         block = await pool.store.read_raw(0)
         verify(block, 0, SALT, "superblock")
         _, pool.flags, _, _, magic, version, pool.time, pool.transaction, pool.held_root = _HEAD.unpack_from(block)
         assert (magic, version) == (27022010, 2)
         mappings, details, *_ = _TAIL.unpack_from(block, 320)
-        pool.space = await MetadataMap.open(pool.store, block[192:224])
-        pool.tx = Transaction(pool.store, pool.space)
-        pool.data = await DataMap.open(pool.tx, block[64:96])
+        pool.space = await cls.space_type.open(pool.store, block[192:224])
+        pool.tx = cls.transaction_type(pool.store, pool.space)
+        pool.data = await cls.data_type.open(pool.tx, block[64:96])
         pool.forest = Forest(pool.tx, pool.mappings(), mappings)
         pool.details = Btree(pool.tx, DETAILS, details)
         return pool
@@ -100,7 +101,6 @@ class Pool:
     async def create_thin(self, identity: int) -> None:
         await self.forest.add(identity)
         await self.details.insert(identity, (0, self.transaction, self.time, self.time))
-        self.model[identity] = {}
 
     async def create_snap(self, identity: int, origin: int) -> None:
         await self.forest.share(identity, origin)
@@ -108,12 +108,10 @@ class Pool:
         mapped, made, created, _ = await self.of(origin)
         await self.details.insert(origin, (mapped, made, created, self.time))
         await self.details.insert(identity, (mapped, self.transaction, self.time, self.time))
-        self.model[identity] = dict(self.model[origin])
 
     async def delete(self, identity: int) -> None:
         await self.forest.remove(identity)
         await self.details.remove(identity)
-        del self.model[identity]
 
     async def of(self, identity: int) -> Details:
         details = await self.details.lookup(identity)
@@ -125,21 +123,18 @@ class Pool:
             mapped, *rest = await self.of(identity)
             await self.details.insert(identity, (mapped + more, rest[0], rest[1], rest[2]))
 
-    async def provision(self, identity: int, key: int) -> None:
-        """Maps a virtual block to a new data block, in place of an old one if there is one."""
+    async def provision(self, identity: int, key: int) -> int:
+        """Maps a virtual block to a new data block, in place of an old one if there is one; the new value."""
         value = await self.data.new_block() << TIME_BITS | self.time
         new = await self.forest.insert(identity, key, value)
         await self.count(identity, new)
-        self.model[identity][key] = value
+        return value
 
-    async def discard(self, identity: int, first: int, end: int) -> None:
+    async def discard(self, identity: int, first: int, end: int) -> int:
+        """Takes mappings away; how many."""
         removed = await self.forest.remove_range(identity, first, end)
         await self.count(identity, -removed)
-        model = self.model[identity]
-        gone = [key for key in model if first <= key < end]
-        assert len(gone) == removed
-        for key in gone:
-            del model[key]
+        return removed
 
     async def contents(self) -> dict[int, dict[int, int]]:
         """What is in it, read."""
@@ -149,6 +144,39 @@ class Pool:
             assert tree is not None
             found[identity] = {key: value async for key, value in tree.items()}
         return found
+
+
+class Pool(Metadata):
+    """As above, and `model` has for each volume what must be in it."""
+
+    def __init__(self, device: Device, cache: int) -> None:
+        super().__init__(device, cache)
+        self.model: dict[int, dict[int, int]] = {}
+
+    async def create_thin(self, identity: int) -> None:
+        await super().create_thin(identity)
+        self.model[identity] = {}
+
+    async def create_snap(self, identity: int, origin: int) -> None:
+        await super().create_snap(identity, origin)
+        self.model[identity] = dict(self.model[origin])
+
+    async def delete(self, identity: int) -> None:
+        await super().delete(identity)
+        del self.model[identity]
+
+    async def provision(self, identity: int, key: int) -> int:
+        value = self.model[identity][key] = await super().provision(identity, key)
+        return value
+
+    async def discard(self, identity: int, first: int, end: int) -> int:
+        removed = await super().discard(identity, first, end)
+        model = self.model[identity]
+        gone = [key for key in model if first <= key < end]
+        assert len(gone) == removed
+        for key in gone:
+            del model[key]
+        return removed
 
 
 def thin_check(image: bytes, directory: Path) -> tuple[int, str]:
