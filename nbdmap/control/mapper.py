@@ -124,7 +124,7 @@ class Mapper:
         except BaseException as error:
             if isinstance(error, NbdmapError):
                 error.stage = "resume" if device.inactive or device.live else "reload"
-                error.number = device.number
+                error.number = device.number if error.stage == "reload" else ""
             try:
                 await device.close()
             except Exception:

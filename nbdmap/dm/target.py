@@ -45,9 +45,9 @@ class Opened:
         self._opener = opener
         self._devices: list[Device] = []
 
-    async def open(self, reference: str) -> Device:
-        """Opens a device for the life of the table; read-only in a read-only table."""
-        device = await self._opener.open(reference, self.read_only)
+    async def open(self, reference: str, *, read_only: bool = False) -> Device:
+        """Opens a device for the life of the table; read-only if that is enough, or in a read-only table."""
+        device = await self._opener.open(reference, read_only or self.read_only)
         if device in self._devices:
             await self._opener.release(device)
         else:

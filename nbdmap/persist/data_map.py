@@ -167,6 +167,14 @@ class DataMap:
         self.inc(block)
         return block
 
+    def give_again(self, block: int) -> None:
+        """Gives out a certain block, with one reference: one that its owner was given before, and whose reference was taken
+        back for a commit that was to know nothing of it. Right after that commit, before anything else is given out."""
+        number, entry = divmod(block, ENTRIES)
+        self._given[number].append(entry)
+        self._allocated += 1
+        self.inc(block)
+
     async def _free(self, number: int) -> bytearray:
         """1 for each entry of a bitmap that can be given out."""
         free = await self._counts_at(int(self._entries[number]["block"])) == 0

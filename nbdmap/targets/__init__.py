@@ -15,6 +15,8 @@ from nbdmap.targets.linear import Linear
 from nbdmap.targets.log_writes import LogWrites
 from nbdmap.targets.striped import Striped
 from nbdmap.targets.switch import Switch
+from nbdmap.targets.thin.thin import Thin
+from nbdmap.targets.thin.thin_pool import ThinPool
 from nbdmap.targets.unstriped import Unstriped
 from nbdmap.targets.zero import Zero
 
@@ -31,6 +33,8 @@ _ALL: Final[tuple[type[Target], ...]] = (
     Unstriped,
     Switch,
     Ebs,
+    ThinPool,
+    Thin,
 )
 
 TARGETS: Final[Mapping[str, type[Target]]] = MappingProxyType({target.type_name: target for target in _ALL})

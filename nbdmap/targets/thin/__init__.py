@@ -1,0 +1,1 @@
+"""Thin provisioning: thin-pool and thin (reference g, h)."""
