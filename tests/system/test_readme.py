@@ -28,7 +28,7 @@ def steps(text: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("document", ["README.md", "docs/faults.md", "docs/luks.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/faults.md", "docs/luks.md", "docs/thin.md"])
 def test_the_tour(document: str, tmp_path: Path) -> None:
     need("nbdinfo", "libnbd-bin")
     need("qemu-io", "qemu-utils")
@@ -36,6 +36,7 @@ def test_the_tour(document: str, tmp_path: Path) -> None:
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m nbdmap "$@"\n')
     wrapper.chmod(0o755)
     need("cryptsetup", "cryptsetup-bin")
+    need("thin_check", "thin-provisioning-tools")
     tour = steps((REPOSITORY / document).read_text())
     assert len(tour) > 9
     script = "exec 2>&1\n" + "".join(f"{command}\necho {MARK}\n" for command, _ in tour)
