@@ -14,7 +14,8 @@ from typing import Any, Final
 import numpy as np
 
 from nbdmap.ciphers.arrays import Bytes, Key, Words
-from nbdmap.ciphers.keyed import make_keyed
+from nbdmap.ciphers.keyed import few_sectors, make_keyed
+from nbdmap.ciphers.libcrypto import find_mode
 from nbdmap.ciphers.modes import PIECE
 from nbdmap.ciphers.spec import CipherSpec
 from nbdmap.units import SECTOR
@@ -40,9 +41,14 @@ class SectorCipher:
         self.sector_size = sector_size
         self._iv_offset = iv_offset
         self._step = sector_size // SECTOR
-        self._shift = np.uint64(self._step.bit_length() - 1 if large_sectors else 0)
+        self._shift_bits = self._step.bit_length() - 1 if large_sectors else 0
+        self._shift = np.uint64(self._shift_bits)
         self._mask = spec.key_count - 1
         self._keyed = make_keyed(spec, memoryview(key), sector_size)
+        self._quick = None  # the shortest way for few sectors, where there is one
+        if spec.cipher == "aes" and spec.iv_mode == "plain64" and not (self._mask or spec.essiv_hash):
+            self._quick = find_mode(spec.chain_mode, memoryview(key)) if spec.chain_mode in ("xts", "cbc") else None
+        self._few = tuple(count * sector_size for count in few_sectors(spec, sector_size))
         self._room = np.empty(max(PIECE, sector_size), np.uint8)
 
     def encrypt(self, sector: int, source: Buffer, target: Any) -> None:
@@ -55,6 +61,11 @@ class SectorCipher:
 
     def _crypt(self, sector: int, source: Buffer, target: Any, *, encrypt: bool) -> None:
         size = self.sector_size
+        if self._quick is not None and len(target) <= self._few[not encrypt]:
+            step = 1 if self._shift_bits else self._step
+            number = (sector + self._iv_offset & _WRAP) >> self._shift_bits
+            (self._quick.encryptor if encrypt else self._quick.decryptor).run_plain64(number, step, size, source, target)
+            return
         rows = np.frombuffer(source, np.uint8).reshape(-1, size)
         results = np.frombuffer(target, np.uint8).reshape(-1, size)
         most = max(PIECE // size, 1)
@@ -73,6 +84,10 @@ class SectorCipher:
 
     def _crypt_all(self, pieces: Sequence[Piece], *, encrypt: bool) -> None:
         """Small pieces are gathered into batches of up to PIECE bytes; the others go by themselves."""
+        if self._quick is not None and sum(len(piece[1]) for piece in pieces) <= self._few[not encrypt]:
+            for piece in pieces:
+                self._crypt(*piece, encrypt=encrypt)
+            return
         batch: list[Piece] = []
         length = 0
         for piece in pieces:
@@ -116,7 +131,7 @@ class SectorCipher:
         """At most PIECE bytes, one number a row. With several keys, the rows of each key apart."""
         if not self._mask:
             keyed = self._keyed[0]
-            (keyed.encrypt if encrypt else keyed.decrypt)(numbers >> self._shift, source, target)
+            (keyed.encrypt if encrypt else keyed.decrypt)(numbers >> self._shift if self._shift_bits else numbers, source, target)
             return
         keys = numbers & np.uint64(self._mask)
         for key in np.unique(keys):

@@ -14,8 +14,9 @@ from nbdmap.ciphers.libgcrypt import GcryptMode
 from nbdmap.ciphers.modes import BySize, Cbc, Ctr, Ecb, Lrw, Mode, Xts
 from nbdmap.ciphers.spec import CipherSpec
 from nbdmap.errors import InvalidArgument, NotFound
-from nbdmap.units import KIB, SECTOR
+from nbdmap.units import SECTOR
 
+_ALL = 1 << 20
 _LRW_KEY = 16
 """Bytes of the second key of lrw."""
 
@@ -98,15 +99,21 @@ def make_mode(spec: CipherSpec, key: Key, sector_size: int) -> Mode:
         return Ctr(make_block(cipher, key), sector_size)
     if kind == "cbc":
         cbc = Cbc(make_block(cipher, key), sector_size)
-        return _quickest(kind, key, cbc, 48 if sector_size <= SECTOR else 1 << 20, 4 * KIB // max(sector_size, SECTOR))
+        return _quickest(kind, key, cbc, *few_sectors(spec, sector_size))
     if kind == "xts":
         half = len(key) // 2
         xts = Xts(make_block(cipher, key[:half]), make_block(cipher, key[half:]), sector_size)
-        few = 20 if sector_size <= SECTOR else 1 << 20
-        return _quickest(kind, key, xts, few, few)
+        return _quickest(kind, key, xts, *few_sectors(spec, sector_size))
     raise there_is_not
 
 
 def _quickest(kind: str, key: Key, many: Mode, encrypted: int, decrypted: int) -> Mode:
     few = libcrypto.find_mode(kind, key)
     return many if few is None else BySize(few, many, encrypted, decrypted)
+
+
+def few_sectors(spec: CipherSpec, sector_size: int) -> tuple[int, int]:
+    """How many sectors are few, in encryption and decryption: those that libcrypto does one by one."""
+    if sector_size > SECTOR:
+        return _ALL, _ALL if spec.chain_mode == "xts" else 1
+    return (20, 20) if spec.chain_mode == "xts" else (48, 8)

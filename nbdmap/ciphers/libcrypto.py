@@ -6,7 +6,7 @@ costs when there are few sectors, or large ones. Without the library everything 
 
 import ctypes
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -38,6 +38,8 @@ class Context:
     def __init__(self, library: ctypes.PyDLL, cipher: int, key: Key, *, encrypt: bool) -> None:
         self._library = library
         self._context = library.EVP_CIPHER_CTX_new()
+        self._iv = (ctypes.c_uint64 * 2)()
+        self._iv_at = ctypes.addressof(self._iv)
         secret, iv = np.frombuffer(key, np.uint8), np.zeros(16, np.uint8)
         started = library.EVP_CipherInit_ex(self._context, cipher, None, address(secret), address(iv), int(encrypt))
         self.usable = started == 1
@@ -52,6 +54,18 @@ class Context:
             if started != 1 or crypt(context, result + at, origin + at, width) <= 0:
                 raise RuntimeError("libcrypto failed to encrypt or decrypt a sector")
 
+    def run_plain64(self, number: int, step: int, width: int, source: Any, target: Any) -> None:
+        """As `run` for IVs that are plain64 numbers, `number` and every `step` on, without any arrays."""
+        start, crypt, context = self._library.EVP_CipherInit_ex, self._library.EVP_Cipher, self._context
+        iv, iv_at = self._iv, self._iv_at
+        result = ctypes.addressof(ctypes.c_char.from_buffer(target))
+        origin = result if source is target else address(np.frombuffer(source, np.uint8))
+        for at in range(0, len(target), width):
+            iv[0] = number
+            if start(context, None, None, None, iv_at, -1) != 1 or crypt(context, result + at, origin + at, width) <= 0:
+                raise RuntimeError("libcrypto failed to encrypt or decrypt a sector")
+            number += step
+
     def __del__(self) -> None:
         self._library.EVP_CIPHER_CTX_free(self._context)
 
@@ -64,6 +78,8 @@ class OpenSsl:
     def __init__(self, encryptor: Context, decryptor: Context) -> None:
         self.encrypt = encryptor.run
         self.decrypt = decryptor.run
+        self.encryptor = encryptor
+        self.decryptor = decryptor
 
 
 def find_mode(chain_mode: str, key: Key) -> OpenSsl | None:

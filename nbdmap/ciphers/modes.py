@@ -14,14 +14,14 @@ from nbdmap.ciphers.arrays import SPARE, Bytes, Key, Words, words
 from nbdmap.ciphers.blocks import Block
 from nbdmap.units import KIB
 
-PIECE: Final = 64 * KIB
+PIECE: Final = 128 * KIB
 """Bytes that are worked on at a time: what is computed for them stays in the processor's cache."""
 
 _GROUP: Final = 32
 """Blocks whose tweaks are made from one by shifts: at most 57."""
-_LEFT: Final = np.arange(_GROUP, dtype=np.uint64)
+_LEFT: Final = np.arange(_GROUP, dtype=np.uint64).reshape(_GROUP, 1)
 _RIGHT: Final = np.uint64(64) - _LEFT  # numpy shifts by 64 give 0
-_ONE, _TWO, _SEVEN = np.uint64(1), np.uint64(2), np.uint64(7)
+_ONE, _TWO, _FIVE, _SEVEN = np.uint64(1), np.uint64(2), np.uint64(5), np.uint64(7)
 _32: Final = np.uint64(32)
 
 
@@ -113,7 +113,7 @@ class Xts:
         self._scratch = Scratch(sector_size)
         rows = max(PIECE // sector_size, 1)
         self._tweaks = np.empty((rows * self._groups, self._group, 2), np.uint64)
-        self._work = np.empty((2, rows * self._groups, self._group), np.uint64)
+        self._work = np.empty((3, rows * self._groups * self._group), np.uint64)
         self._heads = np.empty((rows, self._groups, 2), np.uint64)
         self._first = np.empty(rows * 16 + SPARE, np.uint8)
 
@@ -146,22 +146,25 @@ class Xts:
                 heads[:, number, 0] = low << _32 ^ carry ^ carry << _ONE ^ carry << _TWO ^ carry << _SEVEN
                 heads[:, number, 1] = high << _32 | low >> _32
             first = heads.reshape(-1, 2)
-        low, high = first[:, :1], first[:, 1:]
+        count = len(first)
+        low, high = np.ascontiguousarray(first.T)  # the lanes are the sectors: the inner loops are long, and shift by one number
         left, right = _LEFT[: self._group], _RIGHT[: self._group]
-        tweaks = self._tweaks[: len(first)]
-        carry, other = self._work[0, : len(first)], self._work[1, : len(first)]
-        np.right_shift(low, right, out=other)
-        np.left_shift(high, left, out=carry)
-        np.bitwise_or(carry, other, out=tweaks[:, :, 1])
+        lows, highs, carry = (one[: self._group * count].reshape(self._group, count) for one in self._work)
+        np.right_shift(low, right, out=carry)
+        np.left_shift(high, left, out=highs)
+        highs |= carry
         np.right_shift(high, right, out=carry)  # what is shifted out at the top comes in times x^7 + x^2 + x + 1
-        np.left_shift(low, left, out=other)
-        other ^= carry
+        np.left_shift(low, left, out=lows)
+        lows ^= carry
         carry <<= _ONE
-        other ^= carry
+        lows ^= carry
         carry <<= _ONE
-        other ^= carry
-        carry <<= np.uint64(5)
-        np.bitwise_xor(other, carry, out=tweaks[:, :, 0])
+        lows ^= carry
+        carry <<= _FIVE
+        lows ^= carry
+        tweaks = self._tweaks[:count]
+        tweaks[:, :, 0] = lows.T
+        tweaks[:, :, 1] = highs.T
         return tweaks
 
 
