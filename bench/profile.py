@@ -192,7 +192,7 @@ class Client:
 
 
 async def _devices(verbs: Verbs, path: Path) -> None:
-    """base: linear on the file; upper: linear on base; stack: striped over linears over linears."""
+    """base: linear on the file; upper: linear on base; stack: striped over linears over linears; secret: crypt on base."""
     whole = SIZE // SECTOR
     half = whole // 2
     await verbs.create("base", f"0 {whole} linear {path} 0")
@@ -200,7 +200,8 @@ async def _devices(verbs: Verbs, path: Path) -> None:
     for name, below in (("left0", "base 0"), ("right0", f"base {half}"), ("left1", "left0 0"), ("right1", "right0 0")):
         await verbs.create(name, f"0 {half} linear {below}")
     await verbs.create("stack", f"0 {whole} striped 2 128 left1 0 right1 0")
-    for name in ("base", "stack"):
+    await verbs.create("secret", f"0 {whole} crypt aes-xts-plain64 {bytes(range(64)).hex()} 0 base 0")
+    for name in ("base", "stack", "secret"):
         await verbs.export(name)
 
 
@@ -290,9 +291,10 @@ async def _column(mapper: Mapper, exports: Exports, command: nbd.Cmd, functions:
         ("serve: reply buffer and device together", eagerly(lambda request: serving.serve(request, []), found, waiting)),
         (f"a wake-up of {DEPTH}, each", Client(exports, "base").wake_up(message)),
         (f"a wake-up of {DEPTH}, each, through a striped stack", Client(exports, "stack").wake_up(message)),
+        (f"a wake-up of {DEPTH}, each, through crypt (aes-xts-plain64)", Client(exports, "secret").wake_up(message)),
     ]
     if functions:
-        _print_functions(steps[-2][1])
+        _print_functions(steps[-3][1])
     return [(name, await microseconds(call)) for name, call in steps]
 
 

@@ -107,14 +107,13 @@ class SectorCipher:
         if len(pieces) == 1:
             self._crypt(*pieces[0], encrypt=encrypt)
             return
-        room, at, counts = self._room.data, 0, []
+        room, at = self._room.data, 0
         for _, source, _ in pieces:
             end = at + len(source)
             room[at:end] = source
-            counts.append(len(source) // self.sector_size)
             at = end
-        numbers = np.concatenate([self._numbers(piece[0], count) for piece, count in zip(pieces, counts, strict=True)])
         rows = self._room[:at].reshape(-1, self.sector_size)
+        numbers = self._numbers_of([piece[0] for piece in pieces], [len(piece[1]) // self.sector_size for piece in pieces])
         self._run(numbers, rows, rows, encrypt)
         at = 0
         for _, source, target in pieces:
@@ -126,6 +125,13 @@ class SectorCipher:
         """The number of each encryption sector's first 512-byte sector, as the IVs count."""
         first = np.uint64((sector + self._iv_offset) & _WRAP)
         return (_NUMBERS[:count] if self._step == 1 else _NUMBERS[:count] * np.uint64(self._step)) + first
+
+    def _numbers_of(self, sectors: list[int], counts: list[int]) -> Words:
+        """Those of several pieces, one behind the other."""
+        if counts.count(counts[0]) < len(counts):
+            return np.concatenate([self._numbers(sector, count) for sector, count in zip(sectors, counts, strict=True)])
+        firsts = np.array([sector + self._iv_offset & _WRAP for sector in sectors], np.uint64)
+        return (firsts.reshape(-1, 1) + _NUMBERS[: counts[0]] * np.uint64(self._step)).reshape(-1)
 
     def _run(self, numbers: Words, source: Bytes, target: Bytes, encrypt: bool) -> None:
         """At most PIECE bytes, one number a row. With several keys, the rows of each key apart."""

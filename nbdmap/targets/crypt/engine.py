@@ -32,6 +32,8 @@ SMALL: Final = 32 * KIB
 """Requests up to this wait for those that arrived with them."""
 INLINE: Final = 64 * KIB
 """Larger requests are encrypted in threads, so that the others need not wait for them."""
+Piece = tuple[int, memoryview, memoryview]
+"""(first sector, source, target)."""
 THREADS: Final = min(os.cpu_count() or 1, 4)
 
 
@@ -49,7 +51,8 @@ class Engine:
         self._others: SimpleQueue[SectorCipher] = SimpleQueue()
         self._threads = Threads("crypt")
         self._buffers = Buffers()
-        self._arrived: list[tuple[Io, int, Deferred]] = []  # reads whose ciphertext is there, with their sectors
+        self._arrived: list[Deferred] = []  # reads whose ciphertext is there
+        self._pieces: list[Piece] = []  # of those, in the same order
         self._leaving: list[tuple[Io, int, Deferred]] = []  # writes, with their offsets
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -83,13 +86,14 @@ class Engine:
         if io.plug.active and io.length <= SMALL:
             if not self._arrived:
                 io.plug.add(self._decrypt_arrived)
-            return self._park(self._arrived, io, self._sector(offset))
+            return self._arrive(io, self._sector(offset))
         self._cipher.decrypt(self._sector(offset), io.data, io.data)
         return DONE
 
-    def _park(self, waiting: list[tuple[Io, int, Deferred]], io: Io, where: int) -> Deferred:
+    def _arrive(self, io: Io, sector: int) -> Deferred:
         deferred = Deferred()
-        waiting.append((io, where, deferred))
+        self._arrived.append(deferred)
+        self._pieces.append((sector, io.data, io.data))
         return deferred
 
     async def _decrypt_later(self, pending: Pending, io: Io, sector: int) -> None:
@@ -99,12 +103,13 @@ class Engine:
             return
         if not self._arrived:
             asyncio.get_running_loop().call_soon(self._decrypt_arrived)
-        await self._park(self._arrived, io, sector)
+        await self._arrive(io, sector)
 
     def _decrypt_arrived(self) -> None:
-        arrived, self._arrived = self._arrived, []
-        error = self._all(False, [(sector, io.data, io.data) for io, sector, _ in arrived])
-        for _, _, deferred in arrived:
+        arrived, pieces = self._arrived, self._pieces
+        self._arrived, self._pieces = [], []
+        error = self._all(False, pieces)
+        for deferred in arrived:
             deferred.finish(error)
 
     # --- writes --------------------------------------------------------------------------------------------------------
@@ -116,7 +121,9 @@ class Engine:
         if io.plug.active and io.length <= SMALL:
             if not self._leaving:
                 io.plug.add(self._encrypt_leaving)
-            return self._park(self._leaving, io, offset)
+            deferred = Deferred()
+            self._leaving.append((io, offset, deferred))
+            return deferred
         data = self._buffers.take(io.length)
         self._cipher.encrypt(self._sector(offset), io.data, data)
         return self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift)
@@ -128,7 +135,7 @@ class Engine:
 
     def _encrypt_leaving(self) -> None:
         leaving, self._leaving = self._leaving, []
-        pieces = [(self._sector(offset), io.data, self._buffers.take(io.length)) for io, offset, _ in leaving]
+        pieces: list[Piece] = [(self._sector(offset), io.data, self._buffers.take(io.length)) for io, offset, _ in leaving]
         error = self._all(True, pieces)
         for (io, offset, deferred), (_, _, data) in zip(leaving, pieces, strict=True):
             if error is not None:
@@ -164,7 +171,7 @@ class Engine:
 
     # --- both ----------------------------------------------------------------------------------------------------------
 
-    def _all(self, encrypt: bool, pieces: list[tuple[int, memoryview, memoryview]]) -> IoFailed | None:
+    def _all(self, encrypt: bool, pieces: list[Piece]) -> IoFailed | None:
         try:
             (self._cipher.encrypt_all if encrypt else self._cipher.decrypt_all)(pieces)
         except Exception as error:
