@@ -31,6 +31,7 @@ from nbdmap.dm.args import split_words
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
 from nbdmap.errors import Busy, InvalidArgument, NbdmapError, NotFound
+from nbdmap.targets.crypt.keys import KEYRING
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class _Change:
         """Does everything in order; the problems."""
         devices, disks = self._config.devices, self._config.disks
         self._mapper.reserved = frozenset(self._numbers) | {disk.number for disk in disks.values() if disk.number}
+        KEYRING.replace(self._config.keyring)
         self._forget_strangers()
         self._end_exports()
         await self._remove(deferred=False)

@@ -61,6 +61,8 @@ class Config:
     listen: tuple[Uri, ...]
     admin: str | None
     tls: TlsEntry | None
+    keyring: Mapping[str, str]
+    """The files of keys, by "type:description"."""
     disks: Mapping[str, DiskEntry]
     devices: Mapping[str, DeviceEntry]
     bottom_up: tuple[str, ...]
@@ -147,7 +149,7 @@ def parse(raw: bytes, file: str, types: Collection[str], tables: Mapping[str, st
         index = listen.index(secure[0])
         raise BadConfig([origin.explain(("listen", index), f"{str(secure[0])!r} needs the key tls with its certificates")])
     order = _bottom_up(checked.devices, origin)
-    return Config(listen, checked.admin, checked.tls, checked.disks, checked.devices, order, directory, origin)
+    return Config(listen, checked.admin, checked.tls, checked.keyring, checked.disks, checked.devices, order, directory, origin)
 
 
 def from_command_line(tables: Mapping[str, str], types: Collection[str]) -> Config:

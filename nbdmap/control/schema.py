@@ -35,6 +35,7 @@ from nbdmap.errors import InvalidArgument, NbdmapError
 from nbdmap.luks.keyfile import MAX_KEY_FILE, KeyFile
 from nbdmap.luks.metadata import MAX_SLOTS
 from nbdmap.nbd.uri import Uri, parse_uri
+from nbdmap.targets.crypt.keys import check_key_name
 from nbdmap.units import SECTOR, parse_size
 
 _NUMBER: Final = re.compile(r"(0|[1-9][0-9]{0,9}):(0|[1-9][0-9]{0,9})")
@@ -184,6 +185,7 @@ Size = Annotated[int, BeforeValidator(_size)]
 DeviceNumber = Annotated[str, BeforeValidator(_number)]
 DiskName = Annotated[str, AfterValidator(_disk_name)]
 DeviceName = Annotated[str, AfterValidator(lambda name: _checked(check_name, name))]
+KeyName = Annotated[str, AfterValidator(lambda name: _checked(check_key_name, name))]
 CheckedTable = Annotated[InstanceOf[TableText], BeforeValidator(_table)]
 
 
@@ -326,6 +328,7 @@ class File(Keys):
                       BeforeValidator(_one_or_more)] | None = None  # fmt: skip
     admin: FilePath | None = None
     tls: TlsEntry | None = None
+    keyring: Annotated[dict[KeyName, FilePath], BeforeValidator(_maybe_empty)] = {}
     disks: Annotated[dict[DiskName, _Disk], BeforeValidator(_maybe_empty)] = {}
     devices: Annotated[dict[DeviceName, DeviceEntry], BeforeValidator(_maybe_empty)] = {}
     on_event: Annotated[None, BeforeValidator(_not_yet)] = None

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bench import profile, soak
+from bench import ciphers, profile, soak
 from tests.support.programs import need
 from tests.support.server import REPOSITORY, private_directory
 
@@ -16,11 +16,20 @@ def test_profile_has_every_step(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     with private_directory() as directory:
         assert profile.main(["--directory", str(directory)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 10 + 3
+    assert len(lines) == 2 + 11 + 3
     for line in lines[2:]:
         name, *numbers = line.strip("| ").split(" | ")
         assert name
         assert all(float(number) >= 0 for number in numbers)
+
+
+def test_ciphers_has_every_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ciphers, "RUN_SECONDS", 0.0)
+    monkeypatch.setattr(ciphers, "REPEATS", 1)
+    assert ciphers.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 13 + 1 + 2 + 4
+    assert all(float(cell) > 0 for line in lines[2:15] for cell in line.strip("| ").split(" | ")[1:] if cell)
 
 
 @pytest.mark.system

@@ -55,6 +55,21 @@ async def test_relative_paths_start_at_the_file(site: Site) -> None:
     assert (site.directory / "in table.img").read_bytes()[: 8 * SECTOR] == b"1" * 8 * SECTOR
 
 
+async def test_the_keyring_is_what_the_file_says_now(site: Site) -> None:
+    (site.directory / "a.key").write_bytes(bytes(range(32)))
+    (site.directory / "b.key").write_bytes(bytes(32))
+    device = "devices:\n  a: {table: '0 8 crypt aes-xts-plain64 :32:logon:a 0 m 0'}\n"
+    disk = "disks: {m: {memory: 1M}}\n"
+    await site.start(f"keyring: {{logon:a: a.key}}\n{disk}{device}")
+    await write(site.mapper.find("a"), 0, b"1" * SECTOR)
+    assert await read(site.mapper.find("a"), 0, SECTOR) == b"1" * SECTOR
+    again = device.replace("aes-xts", "aes-cbc")
+    assert len(await site.reload(f"keyring: {{logon:other: b.key}}\n{disk}{again}")) == 1  # there is no such key any more
+    assert await read(site.mapper.find("a"), 0, SECTOR) == b"1" * SECTOR
+    assert await site.reload(f"keyring: {{logon:a: b.key}}\n{disk}{again}") == []
+    assert await read(site.mapper.find("a"), 0, SECTOR) != b"1" * SECTOR
+
+
 async def test_a_start_is_all_or_nothing_and_tells_all_that_is_wrong(site: Site) -> None:
     assert await site.fail(
         "disks:\n"

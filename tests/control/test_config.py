@@ -43,7 +43,7 @@ MISTAKES = [
     ("[" * 40 + "]" * 40, "1:34: more than 32 levels"),
     # the whole
     ("disk: {}", "1:1: disk: unknown key (did you mean 'disks'?)"),
-    ("x-y: {}", "1:1: x-y: unknown key (known: listen, admin, tls, disks, devices)"),
+    ("x-y: {}", "1:1: x-y: unknown key (known: listen, admin, tls, keyring, disks, devices)"),
     ("on_event: [cmd]", "1:1: on_event: not there yet"),
     ("disks: 5", "1:8: disks: should be a mapping"),
     ("devices: [a]", "1:1: devices: should be a mapping"),
@@ -56,6 +56,12 @@ MISTAKES = [
     ("tls: {require: true}", "1:1: tls: the key certificates is missing"),
     ("tls: {certificates: /x, verify-peer: on}", "1:25: tls.verify-peer: unknown key (did you mean 'verify_peer'?)"),
     ("tls: {certificates: /x, require: 1}", "1:34: tls.require: should be true or false"),
+    # keyring
+    ("keyring: {home: k}", "1:11: keyring.home: key 'home' is not '<type>:<description>'"),
+    ("keyring: {'logon:': k}", "1:11: keyring.logon:: key 'logon:' is not '<type>:<description>'"),
+    ("keyring: {'other:home': k}", "1:11: keyring.other:home: key 'other:home': unknown type 'other' (possible: user, logon)"),
+    ("keyring: {logon:home: [k]}", "1:11: keyring.logon:home: should be text (put it in quotes)"),
+    ("keyring: {logon:home: ''}", "1:23: keyring.logon:home: should be the path of a file"),
     # disks
     ("disks:\n  a:", "2:5: disks.a: should be a mapping with one of the keys file, memory, nbd"),
     ("disks: {a: {size: 1M}}", "1:9: disks.a: should be a mapping with one of the keys file, memory, nbd"),

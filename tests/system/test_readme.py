@@ -28,7 +28,7 @@ def steps(text: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("document", ["README.md", "docs/faults.md", "docs/luks.md", "docs/thin.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/faults.md", "docs/luks.md", "docs/thin.md", "docs/crypt.md"])
 def test_the_tour(document: str, tmp_path: Path) -> None:
     need("nbdinfo", "libnbd-bin")
     need("qemu-io", "qemu-utils")

@@ -53,9 +53,7 @@ class Keyring:
             raise NoKey(f"there is no key {name!r} in the keyring section of the configuration")
         key = bytearray(size + 1)
         try:
-            with open(path, "rb", buffering=0) as file:
-                if not os.path.isfile(path):
-                    raise InvalidArgument(f"key {name!r}: {path} is not a file")
+            with open(path, "rb", buffering=0, opener=_open_at_once) as file:
                 read = file.readinto(key) or 0
                 length = os.fstat(file.fileno()).st_size
         except OSError as error:
@@ -69,6 +67,11 @@ class Keyring:
 
 
 KEYRING: Final = Keyring()
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Does not wait for somebody who writes to a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def wipe(key: bytearray) -> None:
@@ -110,13 +113,20 @@ class KeyWord:
 def _parse_reference(word: str) -> tuple[int, str]:
     """The bytes and "type:description" of `:<bytes>:<type>:<description>`."""
     size, _, name = word[1:].partition(":")
-    kind, _, description = name.partition(":")
-    if not (size.isascii() and size.isdigit() and len(size) < 10) or not description:
+    if not (size.isascii() and size.isdigit() and len(size) < 10) or not name.partition(":")[2]:
         raise InvalidArgument(f"key {word!r} is not ':<bytes>:<type>:<description>'")
-    if any(character.isspace() for character in word):
-        raise InvalidArgument(f"key {word!r} has a blank in it")
+    return int(size), check_key_name(name)
+
+
+def check_key_name(name: str) -> str:
+    """`name`, if it is "type:description". Raises InvalidArgument."""
+    kind, _, description = name.partition(":")
+    if not description:
+        raise InvalidArgument(f"key {name!r} is not '<type>:<description>'")
+    if any(character.isspace() for character in name):
+        raise InvalidArgument(f"key {name!r} has a blank in it")
     if kind in _OTHER_TYPES:
-        raise InvalidArgument(f"key {word!r}: keys of type {kind} are the kernel's own (possible: {', '.join(TYPES)})")
+        raise InvalidArgument(f"key {name!r}: keys of type {kind} are the kernel's own (possible: {', '.join(TYPES)})")
     if kind not in TYPES:
-        raise InvalidArgument(f"key {word!r}: unknown type {kind!r} (possible: {', '.join(TYPES)})")
-    return int(size), name
+        raise InvalidArgument(f"key {name!r}: unknown type {kind!r} (possible: {', '.join(TYPES)})")
+    return name
