@@ -1,9 +1,8 @@
 """What a header says, for people: the text of `cryptsetup luksDump`, word for word, which scripts read."""
 
-import base64
 from collections.abc import Iterator
 
-from nbdmap.luks.kdf import Pbkdf2
+from nbdmap.luks.kdf import MAX_SALT, U32, Pbkdf2
 from nbdmap.luks.keyslot import IGNORED, PREFERRED, KeySlot
 from nbdmap.luks.luks1 import ENABLED, Luks1
 from nbdmap.luks.luks2 import Luks2
@@ -16,12 +15,19 @@ _ROW = 16
 
 def dump(header: Header) -> str:
     """The whole text."""
-    return "".join(f"{line}\n" for line in (_luks1(header) if isinstance(header, Luks1) else _luks2(header)))
+    lines = _luks1(header) if isinstance(header, Luks1) else _luks2(header)
+    return "".join(f"{_harmless(line)}\n" for line in lines)
 
 
-def _hex(data: bytes, indent: str) -> str:
-    rows = [data[start : start + _ROW] for start in range(0, len(data), _ROW)]
-    return f"\n{indent}".join("".join(f"{byte:02x} " for byte in row) for row in rows)
+def _harmless(line: str) -> str:
+    """With what is no printable character, but for tabs, as an escape: a header's texts are anybody's."""
+    return "".join(one if one.isprintable() or one == "\t" else repr(one)[1:-1] for one in line)
+
+
+def _hex(what: str, data: bytes, indent: str) -> Iterator[str]:
+    """`what` and the bytes in rows, all but the first of which begin with `indent`."""
+    for start in range(0, len(data), _ROW):
+        yield (indent if start else what) + "".join(f"{byte:02x} " for byte in data[start : start + _ROW])
 
 
 def _luks1(header: Luks1) -> Iterator[str]:
@@ -36,7 +42,7 @@ def _luks1(header: Luks1) -> Iterator[str]:
     yield f"Payload offset:\t{fields.payload_sectors}"
     yield f"MK bits:       \t{fields.key_size * 8}"
     yield "MK digest:     \t" + "".join(f"{byte:02x} " for byte in fields.digest)
-    yield "MK salt:       \t" + _hex(fields.digest_salt, "               \t")
+    yield from _hex("MK salt:       \t", fields.digest_salt, "               \t")
     yield f"MK iterations: \t{fields.digest_iterations}"
     yield f"UUID:          \t{header.uuid}"
     yield ""
@@ -44,7 +50,7 @@ def _luks1(header: Luks1) -> Iterator[str]:
         yield f"Key Slot {number}: {'ENABLED' if entry.active == ENABLED else 'DISABLED'}"
         if entry.active == ENABLED:
             yield f"\tIterations:         \t{entry.iterations}"
-            yield "\tSalt:               \t" + _hex(entry.salt, "\t                      \t")
+            yield from _hex("\tSalt:               \t", entry.salt, "\t                      \t")
             yield f"\tKey material offset:\t{entry.start_sectors}"
             yield f"\tAF stripes:            \t{entry.stripes}"
 
@@ -81,9 +87,9 @@ def _luks2(header: Luks2) -> Iterator[str]:
         yield f"  {number}: {node.text('type')}"
         if node.text("type") == "pbkdf2":
             yield f"\tHash:       {node.text('hash')}"
-            yield f"\tIterations: {node.plain['iterations']}"
+            yield f"\tIterations: {node.number('iterations', 1, U32)}"
             for what in ("salt", "digest"):
-                yield f"\t{what.title() + ':':<12}" + _hex(base64.b64decode(node.text(what)), "\t            ")
+                yield from _hex(f"\t{what.title() + ':':<12}", node.binary(what, MAX_SALT), "\t            ")
 
 
 def _segment(number: int, node: Node) -> Iterator[str]:
@@ -132,6 +138,6 @@ def _slot(slot: KeySlot) -> Iterator[str]:
         yield f"\tTime cost:  {slot.kdf.time}"
         yield f"\tMemory:     {slot.kdf.memory_kib}"
         yield f"\tThreads:    {slot.kdf.lanes}"
-    yield "\tSalt:       " + _hex(slot.kdf.salt, "\t            ")
+    yield from _hex("\tSalt:       ", slot.kdf.salt, "\t            ")
     yield f"\tAF stripes: {slot.stripes}"
     yield f"\tAF hash:    {slot.af_hash}"

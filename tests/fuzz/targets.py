@@ -1,17 +1,18 @@
-"""The six targets, by name, and what one core of a long run does."""
+"""The targets, by name, and what one core of a long run does."""
 
 import logging
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from tests.fuzz.engine import Found, Target, on_loop
+from tests.fuzz.luks_targets import Headers1, Headers2
 from tests.fuzz.text_targets import Rpc, Tables, Yaml
 from tests.fuzz.wire_targets import Client, Handshake, Requests
 
 SLICE_SECONDS: Final = 20.0
 
 TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
-    made.name: made for made in (Handshake, Requests, Client, Tables, Yaml, Rpc)
+    made.name: made for made in (Handshake, Requests, Client, Tables, Yaml, Rpc, Headers1, Headers2)
 }
 
 
