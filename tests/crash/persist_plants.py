@@ -1,5 +1,7 @@
 """Bugs planted into the persistent-data library, one at a time: at least one for each flush, FUA and rule of its commits."""
 
+import errno
+import random
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -9,6 +11,7 @@ from nbdmap.persist.blocks import BLOCK, Block, BlockStore, BlockType
 from nbdmap.persist.data_map import DataMap
 from nbdmap.persist.metadata_map import MetadataMap
 from nbdmap.persist.transaction import Transaction
+from tests.crash.disks import Fault
 from tests.persist.pool import Metadata
 
 
@@ -120,6 +123,10 @@ class NotWritten(DataMap):
             await super().write()
 
 
+def _a_write_fails(rng: random.Random) -> list[tuple[tuple[str, int], Fault]]:
+    return [(("write", rng.randrange(8)), Fault(errno.EIO, 0.0))]
+
+
 def _with(part: str, kind: type) -> dict[str, Any]:
     return {"metadata_type": type(kind.__name__, (Metadata,), {part: kind})}
 
@@ -128,7 +135,7 @@ PERSIST_PLANTS: Final[dict[str, dict[str, Any]]] = {
     "persist-no-flush": _with("store_type", NoFlush),
     "persist-no-fua": _with("store_type", NoFua),
     "persist-lose-block": _with("store_type", LoseBlock),
-    "persist-hide-errors": _with("store_type", HideErrors),
+    "persist-hide-errors": {**_with("store_type", HideErrors), "faults": _a_write_fails},
     "persist-superblock-first": _with("transaction_type", SuperblockFirst),
     "persist-in-place": _with("transaction_type", InPlace),
     "persist-children-not-counted": _with("transaction_type", ChildrenNotCounted),
