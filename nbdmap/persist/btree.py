@@ -1,8 +1,9 @@
 """A b-tree of one level that can be changed: `Tree` (lookup.py) with insert.py and remove.py."""
 
+from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from nbdmap.persist.insert import insert, new_leaf
+from nbdmap.persist.insert import insert, insert_some, new_leaf
 from nbdmap.persist.lookup import MAX_KEY, Tree, Values
 from nbdmap.persist.remove import destroy, remove_from_leaf
 from nbdmap.persist.transaction import Transaction
@@ -35,6 +36,15 @@ class Btree(Tree[V], Generic[V]):
         root, new = await insert(self.tx, self.values, self.root, key, value)
         self.set_root(root)
         return new
+
+    async def insert_all_part(self, items: Sequence[tuple[int, V]]) -> int:
+        """Gives many keys, which ascend, values; how many had none. For use inside of a change."""
+        added = place = 0
+        while place < len(items):
+            root, place, new = await insert_some(self.tx, self.values, self.root, items, place)
+            self.set_root(root)
+            added += new
+        return added
 
     async def remove(self, key: int) -> bool:
         """Removes `key`; False if it has no value. `values.dec` is told of the value."""

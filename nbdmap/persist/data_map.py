@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Final, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from nbdmap.errors import CorruptMetadata, OutOfSpace
 from nbdmap.persist.blocks import Block
@@ -26,12 +27,13 @@ from nbdmap.persist.space_map import (
     Entry,
     Root,
     bitmaps_for,
-    first_free,
     get_count,
-    set_count,
+    pack_counts,
     unpack_counts,
 )
 from nbdmap.persist.transaction import Transaction
+
+Int64Array = npt.NDArray[np.int64]
 
 REMEMBERED: Final = 1 << 16
 """Blocks whose changes are remembered before they are put into the bitmaps, a leaf's entries more or less."""
@@ -196,48 +198,49 @@ class DataMap:
 
     async def write(self) -> None:
         """As WrittenMap.write."""
-        changes: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
-        for block, delta in self._deltas.items():
-            if block >= self.nr_blocks:
-                raise CorruptMetadata(f"data block {block} is referred to; the space map ends with {self.nr_blocks - 1}")
-            if delta:
-                changes[block // ENTRIES].append((block, delta))
-        for number in self._unwritten():
-            changes[number] += []
-        await self.tx.store.read_ahead([int(self._entries[number]["block"]) for number in changes], BITMAP)
-        for number in sorted(changes):
-            await self._change(number, changes[number])
+        blocks = np.fromiter(self._deltas.keys(), np.int64, len(self._deltas))
+        deltas = np.fromiter(self._deltas.values(), np.int64, len(self._deltas))
+        order = np.argsort(blocks)
+        order = order[deltas[order] != 0]
+        blocks, deltas = blocks[order], deltas[order]
+        if len(blocks) and blocks[-1] >= self.nr_blocks:
+            raise CorruptMetadata(f"data block {blocks[-1]} is referred to; the space map ends with {self.nr_blocks - 1}")
+        numbers = sorted({*np.unique(blocks // ENTRIES).tolist(), *self._unwritten()})
+        await self.tx.store.read_ahead(self._entries["block"][numbers].tolist(), BITMAP)
+        for number in numbers:
+            begin, end = np.searchsorted(blocks, [number * ENTRIES, (number + 1) * ENTRIES])
+            await self._change(number, blocks[begin:end] - number * ENTRIES, deltas[begin:end])
         self._deltas.clear()
 
     def _unwritten(self) -> list[int]:
         """The bitmaps that are not on the disk yet."""
         return np.flatnonzero(self._entries["block"] == 0).tolist()
 
-    async def _change(self, number: int, changes: list[tuple[int, int]]) -> None:
+    async def _change(self, number: int, entries: Int64Array, deltas: Int64Array) -> None:
         """Writes the changed counts of one bitmap."""
-        where, free, none_before = (int(value) for value in self._entries[number])
+        where = int(self._entries[number]["block"])
         self._before.setdefault(number, where)
         bitmap = await self._shadow(where)
-        first = number * ENTRIES
-        for block, delta in changes:
-            old = get_count(bitmap.data, block - first)
-            if old == MANY:
-                old = await self._many(block)
-            new = old + delta
-            if new < 0:
-                raise CorruptMetadata(f"data block {block}: {-delta} references are taken from its {old}")
-            if old >= MANY or new >= MANY:
-                await self._change_many(block, old, new)
-                self.tx.store.touch(bitmap)
-            set_count(bitmap.data, block - first, new)
-            freed = (new == 0) - (old == 0)
-            free += freed
-            self._nr_allocated -= freed
-            if freed > 0:
-                none_before = min(none_before, block - first)
-        if free and (none_before >= ENTRIES or get_count(bitmap.data, none_before)):
-            none_before = first_free(unpack_counts(bitmap.data))
-        entry = Entry(bitmap.number, free, none_before if free else ENTRIES)
+        counts = unpack_counts(bitmap.data)
+        in_use = int(np.count_nonzero(counts))
+        old = counts[entries].astype(np.int64)
+        new = old + deltas
+        for place in np.flatnonzero((old == MANY) | (new >= MANY)).tolist():
+            block, had = number * ENTRIES + int(entries[place]), int(old[place])
+            if had == MANY:
+                had = await self._many(block)
+            new[place] = had + int(deltas[place])
+            await self._change_many(block, had, int(new[place]))
+        if (new < 0).any():
+            place = int(np.argmin(new))
+            raise CorruptMetadata(
+                f"data block {number * ENTRIES + int(entries[place])}: {-int(deltas[place])} references are taken from its"
+                f" {int(new[place] - deltas[place])}"
+            )
+        counts[entries] = np.minimum(new, MANY)
+        self.tx.store.touch(bitmap)
+        entry = Entry(bitmap.number, *pack_counts(bitmap.data, counts))
+        self._nr_allocated += ENTRIES - entry.free - in_use
         self._entries[number] = entry
         await self._index.insert_part(number, entry)
 

@@ -12,7 +12,7 @@ from nbdmap.errors import CorruptMetadata
 from nbdmap.persist.blocks import Block, BlockStore
 from nbdmap.persist.btree import Btree
 from nbdmap.persist.insert import insert, position, shadow_child, shadow_node
-from nbdmap.persist.lookup import Stale, Tree, Values, pack_u64, unpack_int
+from nbdmap.persist.lookup import Stale, Tree, Values, cached_leaf, find_leaf, pack_u64, unpack_int
 from nbdmap.persist.node import FIRST, is_leaf, overwrite
 from nbdmap.persist.remove import destroy, remove_from_leaf
 from nbdmap.persist.transaction import Transaction
@@ -39,7 +39,10 @@ class Trees(Generic[V]):
         while True:
             try:
                 root = await self._top.try_lookup(identity)
-                return None if root is None else await Tree(self.store, self.values, root).try_lookup(key)
+                if root is None:
+                    return None
+                leaf = cached_leaf(self.store, root, key) or (await find_leaf(self.store, root, key))[0]
+                return self.values.find(leaf, key)
             except Stale:
                 continue
 

@@ -9,11 +9,12 @@ a tree that is filled in order are full.
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from typing import Final, TypeVar
 
 from nbdmap.errors import CorruptMetadata
 from nbdmap.persist.blocks import Block
-from nbdmap.persist.lookup import MAX_DEPTH, Values, pack_u64
+from nbdmap.persist.lookup import MAX_DEPTH, MAX_KEY, Values, pack_u64
 from nbdmap.persist.node import (
     FIRST,
     INTERNAL,
@@ -75,22 +76,48 @@ async def shadow_child(tx: Transaction, kind: Values[V], parent: Block, place: i
 
 async def insert(tx: Transaction, kind: Values[V], root: int, key: int, value: V) -> tuple[int, bool]:
     """Gives `key` a value: the tree's new root, and whether the key is new. An old value that differs is told to `kind.dec`."""
+    root, _, added = await insert_some(tx, kind, root, [(key, value)], 0)
+    return root, added == 1
+
+
+async def insert_some(
+    tx: Transaction, kind: Values[V], root: int, items: Sequence[tuple[int, V]], first: int
+) -> tuple[int, int, int]:
+    """Gives keys values, one at least: `items[first]`, and those behind it that belong to the same leaf; their keys ascend.
+
+    Returns the tree's new root, the item behind the last that was done, and how many keys are new.
+    """
+    key, beyond = items[first][0], MAX_KEY + 1
     top = node = await shadow_node(tx, kind, root)
     if count(node) == room(node) and not _replaces(node, key):
         _split_root(tx, node)
     for _ in range(MAX_DEPTH):
         tx.store.touch(node)
         if is_leaf(node):
-            return top.number, _put(kind, node, key, value)
+            return top.number, *_put_some(kind, node, items, first, beyond)
         place = position(node, key)
         if place < 0:
             place, node.words[FIRST] = 0, key
         child = await shadow_child(tx, kind, node, place)
         if count(child) == room(child) and not _replaces(child, key):
             await _make_room(tx, kind, node, place, child, key)
-            child = await shadow_child(tx, kind, node, max(position(node, key), 0))
+            place = max(position(node, key), 0)
+            child = await shadow_child(tx, kind, node, place)
+        if place + 1 < count(node):
+            beyond = node.words[FIRST + place + 1]
         node = child
     raise CorruptMetadata(f"metadata block {node.number}: a b-tree is deeper than {MAX_DEPTH} nodes")
+
+
+def _put_some(kind: Values[V], leaf: Block, items: Sequence[tuple[int, V]], first: int, beyond: int) -> tuple[int, int]:
+    """Puts items into a leaf with room for one, up to key `beyond`: the item behind the last, and how many keys are new."""
+    added = 0
+    for number in range(first, len(items)):
+        key, value = items[number]
+        if number > first and (key >= beyond or count(leaf) == room(leaf)):
+            return number, added
+        added += _put(kind, leaf, key, value)
+    return len(items), added
 
 
 def _replaces(node: Block, key: int) -> bool:

@@ -6,8 +6,7 @@ has changed it starts at the root again; what it has read by then is in the cach
 
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar, cast
 
 from nbdmap.errors import CorruptMetadata
 from nbdmap.persist.blocks import Block, BlockStore
@@ -30,23 +29,47 @@ def _nothing(values: Sequence[object]) -> None:
     """Plain data has no owners to count."""
 
 
-@dataclass(frozen=True, eq=False)
 class Values(Generic[V]):
     """What a tree's values are: `size` bytes each, how they are packed, and what is told of those that refer to something.
 
     `inc(values)` and `dec(values)` say that these values have one owner more or less. Both are plain and quick.
     """
 
-    size: int
-    pack: Callable[[V], bytes]
-    unpack: Callable[[memoryview], V]
-    inc: Callable[[Sequence[V]], None] = _nothing
-    dec: Callable[[Sequence[V]], None] = _nothing
+    def __init__(
+        self,
+        size: int,
+        pack: Callable[[V], bytes],
+        unpack: Callable[[memoryview], V],
+        inc: Callable[[Sequence[V]], None] = _nothing,
+        dec: Callable[[Sequence[V]], None] = _nothing,
+    ) -> None:
+        self.size = size
+        self.pack = pack
+        self.unpack = unpack
+        self.inc = inc
+        self.dec = dec
 
     def of(self, node: Block, first: int, end: int) -> list[V]:
         """Values `first` to `end` of a leaf."""
         found, size, unpack = values(node), self.size, self.unpack
+        if size == 8 and unpack is unpack_int:
+            return cast("list[V]", found[8 * first : 8 * end].cast("Q").tolist())
         return [unpack(found[at : at + size]) for at in range(first * size, end * size, size)]
+
+    def find(self, leaf: Block, key: int) -> V | None:
+        """The value of `key` in the leaf that has its place. Raises CorruptMetadata for a leaf of another kind of tree."""
+        words = leaf.words
+        size = self.size
+        if words[3] & _LOW != size:
+            raise CorruptMetadata(
+                f"metadata block {leaf.number}: a leaf has values of {value_size(leaf)} bytes, its tree of {size}"
+            )
+        entries = words[2]
+        place = bisect_right(words, key, FIRST, FIRST + (entries & _LOW)) - 1
+        if place < FIRST or words[place] != key:
+            return None
+        at = (FIRST + (entries >> 32)) * 8 + (place - FIRST) * size
+        return self.unpack(leaf.data[at : at + size])
 
 
 def pack_u64(value: int) -> bytes:
@@ -139,17 +162,7 @@ class Tree(Generic[V]):
         leaf = cached_leaf(self.store, self.root, key)
         if leaf is None:
             leaf, _ = await find_leaf(self.store, self.root, key)
-        return self._value(leaf, key)
-
-    def _value(self, leaf: Block, key: int) -> V | None:
-        self.check_leaf(leaf)
-        words = leaf.words
-        place = bisect_right(words, key, FIRST, FIRST + count(leaf)) - 1
-        if place < FIRST or words[place] != key:
-            return None
-        size = self.values.size
-        at = (FIRST + room(leaf)) * 8 + (place - FIRST) * size
-        return self.values.unpack(leaf.data[at : at + size])
+        return self.values.find(leaf, key)
 
     async def next(self, key: int) -> tuple[int, V] | None:
         """The entry with the lowest key that is not below `key`; None if there is none."""

@@ -103,15 +103,17 @@ NODE: Final = BlockType("b-tree node", 121107, _check)
 
 def insert_at(node: Block, place: int, key: int, value: bytes) -> None:
     """Puts an entry before entry `place`; the node is not full."""
-    words, data, entries, most = node.words, node.data, count(node), room(node)
-    words[FIRST + place + 1 : FIRST + entries + 1] = words[FIRST + place : FIRST + entries]
-    words[FIRST + place] = key
+    words, data = node.words, node.data
+    entries, most = words[2] & _LOW, words[2] >> 32
     size = len(value)
-    start = HEADER + 8 * most
-    at, end = start + size * place, start + size * entries
-    data[at + size : end + size] = data[at:end]
+    at = HEADER + 8 * most + size * place
+    if place < entries:
+        words[FIRST + place + 1 : FIRST + entries + 1] = words[FIRST + place : FIRST + entries]
+        end = at + size * (entries - place)
+        data[at + size : end + size] = data[at:end]
+    words[FIRST + place] = key
     data[at : at + size] = value
-    set_count(node, entries + 1)
+    words[2] += 1
 
 
 def overwrite(node: Block, place: int, value: bytes) -> None:

@@ -32,7 +32,6 @@ RAW: Final = (0, 2, 1, 3)
 """The two bits of a count, and the count of two bits: the bits are swapped."""
 _COUNTS: Final = np.array([[RAW[byte >> shift & 3] for shift in (0, 2, 4, 6)] for byte in range(256)], np.uint8)
 _RAW: Final = np.array(RAW, np.uint8)
-_SHIFTS: Final = np.array([0, 2, 4, 6], np.uint8)
 
 Counts = npt.NDArray[np.uint8]
 
@@ -84,7 +83,8 @@ def pack_counts(data: memoryview, counts: npt.NDArray[np.uint8] | npt.NDArray[np
     """Writes up to 16320 counts into a bitmap block; returns the free entries, and the first that is free."""
     raw = np.zeros(ENTRIES, np.uint8)
     raw[: len(counts)] = _RAW[np.minimum(counts, MANY)]
-    data[_BITS:] = np.bitwise_or.reduce(raw.reshape(-1, 4) << _SHIFTS, axis=1).astype(np.uint8).tobytes()
+    four = raw.view(np.uint32)  # four entries, a byte each: bits 0, 8, 16 and 24 come to 0, 2, 4 and 6
+    data[_BITS:] = (four | four >> 6 | four >> 12 | four >> 18).astype(np.uint8).tobytes()
     return ENTRIES - int(np.count_nonzero(raw)), first_free(raw)
 
 
@@ -97,9 +97,3 @@ def first_free(counts: Counts) -> int:
 def get_count(data: memoryview, entry: int) -> int:
     """One count of a bitmap block, 0 to 3."""
     return RAW[data[_BITS + (entry >> 2)] >> ((entry & 3) << 1) & 3]
-
-
-def set_count(data: memoryview, entry: int, count: int) -> None:
-    """Changes one count of a bitmap block; those above 3 are 3."""
-    at, shift = _BITS + (entry >> 2), (entry & 3) << 1
-    data[at] = data[at] & ~(3 << shift) | RAW[min(count, MANY)] << shift

@@ -17,6 +17,7 @@ from nbdmap.persist.forest import Forest
 from nbdmap.persist.lookup import Values, pack_u64, unpack_int
 from nbdmap.persist.metadata_map import MetadataMap
 from nbdmap.persist.node import U64Array, values
+from nbdmap.persist.space_map import RAW
 from nbdmap.persist.transaction import Transaction
 
 SALT: Final = 160774
@@ -177,6 +178,12 @@ class Pool(Metadata):
         for key in gone:
             del model[key]
         return removed
+
+
+def set_count(data: memoryview, entry: int, count: int) -> None:
+    """Changes one count of a bitmap block; those above 3 are 3."""
+    at, shift = 16 + (entry >> 2), (entry & 3) << 1
+    data[at] = data[at] & ~(3 << shift) | RAW[min(count, 3)] << shift
 
 
 def thin_check(image: bytes, directory: Path) -> tuple[int, str]:

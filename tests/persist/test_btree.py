@@ -143,6 +143,28 @@ async def test_a_value_that_stays_the_same_keeps_its_owner() -> None:
     assert one.owners[one.model[5]] == 1
 
 
+@pytest.mark.parametrize("size", [8, 24])
+async def test_many_at_once(size: int) -> None:
+    one, other = Planted(size), Planted(size)
+    rng = random.Random(size)
+    for step in range(60):
+        first = rng.randrange(20000)
+        spread = rng.choice((1, 1, 2, 50))
+        keys = sorted({first + rng.randrange(600) * spread for _ in range(rng.choice((1, 10, 300)))})
+        for key in keys:
+            await other.insert(key)
+        values = [other.model[key] for key in keys]
+        new = sum(key not in one.model for key in keys)
+        one.owners.update(values)
+        assert await one.tx.change(one.tree.insert_all_part(list(zip(keys, values, strict=True)))) == new
+        one.model.update(zip(keys, values, strict=True))
+        if step % 10 == 9:
+            await one.check()
+            await one.remove_range(first, first + 3000)
+            await other.remove_range(first, first + 3000)
+    assert await one.tx.change(one.tree.insert_all_part([])) == 0
+
+
 async def test_ranges() -> None:
     one = Planted()
     for key in range(0, 3000, 3):

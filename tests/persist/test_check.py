@@ -12,8 +12,8 @@ from nbdmap.persist.blocks import BLOCK, BlockStore, checksum, seal
 from nbdmap.persist.check import Check
 from nbdmap.persist.metadata_map import INDEX
 from nbdmap.persist.node import NODE
-from nbdmap.persist.space_map import BITMAP, get_count, set_count
-from tests.persist.pool import SALT, Pool, check, thin_check
+from nbdmap.persist.space_map import BITMAP, get_count
+from tests.persist.pool import SALT, Pool, check, set_count, thin_check
 from tests.support.disks import FakeDisk
 
 DATA_BLOCKS = 20000

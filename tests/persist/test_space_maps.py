@@ -11,9 +11,10 @@ from nbdmap.persist import data_map
 from nbdmap.persist.blocks import BLOCK, MAX_BLOCKS, BlockStore
 from nbdmap.persist.data_map import DataMap
 from nbdmap.persist.metadata_map import MetadataMap
-from nbdmap.persist.space_map import ENTRIES, Root, bitmaps_for, get_count, pack_counts, set_count, unpack_counts
+from nbdmap.persist.space_map import ENTRIES, Root, bitmaps_for, get_count, pack_counts, unpack_counts
 from nbdmap.persist.transaction import Transaction
 from tests.contract.space_map import CONTRACT, Kept
+from tests.persist.pool import set_count
 from tests.support.disks import FakeDisk
 
 
