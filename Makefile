@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test lint bench crash fuzz soak golden lock clean packages
+.PHONY: run test test-compiled compiled lint bench crash fuzz soak golden lock clean packages
 run: $(VENV)/.run                    ## serve the built-in demo on nbd://127.0.0.1:10809
 	$(BIN)/nbdmap serve
 
@@ -15,7 +15,13 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.dev packages         ## nbdmap beside nbdkit, qemu-nbd and nbd-server on the same file
+compiled: $(VENV)/.dev               ## the data path as C extensions, by mypyc, into build/compiled (needs gcc and Python's headers)
+	tools/compile
+
+test-compiled: compiled              ## the tests of the compiled modules, on what was compiled
+	$(PYTEST) -n 2 -o pythonpath="build/compiled ." tests/block tests/dm tests/nbd tests/server tests/targets
+
+bench: packages compiled             ## nbdmap beside nbdkit, qemu-nbd and nbd-server on the same file
 	$(BIN)/python -m bench
 
 crash: $(VENV)/.dev                  ## a million crash states of every scenario on both cores

@@ -5,13 +5,14 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from bench.processes import Failed, Process, running
-from bench.servers import EXPORT, Server, Unable
+from bench.servers import EXPORT, REPOSITORY, Server, Unable
 from nbdmap.nbd.client import ClientHandshake
 from nbdmap.nbd.negotiation import State
 from nbdmap.units import KIB
@@ -91,6 +92,22 @@ def fio(server: Server, load: Load, seconds: float) -> list[Job]:
     """Runs fio to its end."""
     with start_fio(server, load, seconds) as process:
         return finish_fio(process, seconds)
+
+
+def lean(server: Server, load: Load, seconds: float) -> tuple[float, int]:
+    """Runs the client of bench.pump; requests a second, and their number. Over a Unix socket only."""
+    way = "write" if load.writes else "read"
+    words = [str(server.place.socket), EXPORT, way, str(load.block), str(load.depth), str(seconds)]
+    log = server.place.site.unique("pump.log")
+    with running([sys.executable, "-m", "bench.pump", *words], log, environment={"PYTHONPATH": str(REPOSITORY)}) as process:
+        try:
+            status = process.popen.wait(seconds + GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise Failed(f"the client does not end: {process.said()}") from None
+        if status:
+            raise Failed(f"exit status {status}: {process.said()}")
+        done, rate = process.said().split()[-2:]
+    return float(rate), int(done)
 
 
 def nbdcopy(server: Server, source: str, destination: str) -> float:

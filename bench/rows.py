@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
-from bench.clients import Load, background, fio, nbdcopy, requests_of, rss_with_idle_clients
-from bench.servers import ALL, NBDKIT, NBDMAP, STACKED, Contestant, Server, Transport
+from bench.clients import Load, background, fio, lean, nbdcopy, requests_of, rss_with_idle_clients
+from bench.servers import ALL, NBDKIT, NBDMAP, STACKED, WITH_PURE, Contestant, Server, Transport
 from bench.site import Backing
 from nbdmap.units import GIB, KIB, MIB
 
@@ -72,6 +72,17 @@ def _loaded(load: Load, *, bytes_a_second: bool = False) -> Work:
         rate = sum(job.per_second for job in jobs)
         extra = {"p99_us": max(job.p99_us for job in jobs)}
         return Sample(rate * load.block / MIB if bytes_a_second else rate, used, requests_of(jobs), extra)
+
+    return run
+
+
+def _lean(load: Load) -> Work:
+    """Requests a second of a client that costs next to nothing."""
+
+    def run(server: Server, seconds: float) -> Sample:
+        before = server.process.cpu_seconds()
+        rate, done = lean(server, load, seconds)
+        return Sample(rate, server.process.cpu_seconds() - before, done)
 
     return run
 
@@ -149,6 +160,7 @@ def _speeds(transport: Transport) -> list[Row]:
                     "MiB/s" if sequential else "IOPS",
                     _loaded(Load(way if sequential else f"rand{way}", block, depth, jobs), bytes_a_second=sequential),
                     at_least=asked.get((way, block, depth, jobs)), dirties=way == "write",
+                    contestants=WITH_PURE if (way, block, depth, jobs) in asked else ALL,
                     usual=transport is Transport.UNIX or (depth in (1, 32) and jobs == 1) or sequential,
                 )
             )  # fmt: skip
@@ -162,6 +174,19 @@ def _copies(transport: Transport) -> list[Row]:
         Row(transport, "copy-out", "nbdcopy, half holes, to null:", "GiB/s", _copy(False), Backing.SPARSE, per="MiB"),
         Row(transport, "copy-in", "nbdcopy, half holes, from a file", "GiB/s", _copy(True), Backing.TARGET, per="MiB"),
     ]
+
+
+def _lean_rows() -> list[Row]:
+    """What the servers can do where the client is not what bounds them."""
+    asked = {("read", 32): 3.0, ("write", 32): 1.5, ("read", 1): 1.0}
+    return [
+        Row(
+            Transport.UNIX, f"lean-{way}-4k-d{depth}", f"lean client: 4 KiB random {way}, depth {depth}", "IOPS",
+            _lean(Load(f"rand{way}", 4 * KIB, depth)), at_least=asked.get((way, depth)), dirties=way == "write",
+            contestants=WITH_PURE,
+        )
+        for way in ("read", "write") for depth in (1, 32)
+    ]  # fmt: skip
 
 
 def _pairs() -> list[Row]:
@@ -207,5 +232,5 @@ def all_rows() -> list[Row]:
     for transport in Transport:
         rows += _speeds(transport) + _copies(transport)
         if transport is Transport.UNIX:
-            rows += _pairs()
+            rows += _lean_rows() + _pairs()
     return rows + _figures()

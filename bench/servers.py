@@ -21,6 +21,8 @@ from nbdmap.units import SECTOR
 
 START_SECONDS: Final = 20.0
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
+COMPILED: Final = REPOSITORY / "build" / "compiled"
+"""Where `make compiled` puts the package; what is measured as `nbdmap`, if it is there."""
 EXPORT: Final = "disk"
 
 
@@ -131,8 +133,10 @@ def _nbdmap(place: Place) -> list[str]:
     return [sys.executable, "-m", "nbdmap", "serve", "-q", str(config)]
 
 
+PURE: Final = "nbdmap, pure Python"
+
 PROGRAMS: Final[dict[str, Callable[[Place], list[str]]]] = {
-    "nbdmap": _nbdmap, "nbdkit": _nbdkit, "qemu-nbd": _qemu_nbd, "nbd-server": _nbd_server,
+    "nbdmap": _nbdmap, PURE: _nbdmap, "nbdkit": _nbdkit, "qemu-nbd": _qemu_nbd, "nbd-server": _nbd_server,
 }  # fmt: skip
 
 
@@ -145,7 +149,8 @@ class Contestant:
     backing: Backing | None = None
 
 
-ALL: Final = tuple(Contestant(name, name) for name in PROGRAMS)
+WITH_PURE: Final = tuple(Contestant(name, name) for name in PROGRAMS)
+ALL: Final = tuple(one for one in WITH_PURE if one.name != PURE)
 NBDMAP, NBDKIT, QEMU_NBD, NBD_SERVER = ALL
 STACKED: Final = Contestant("nbdmap, stacked", "nbdmap", Backing.STACK)
 
@@ -187,7 +192,7 @@ def wait_until_up(place: Place, process: Process) -> None:
 def serving(site: Site, contestant: Contestant, transport: Transport, backing: Backing) -> Iterator[Server]:
     """A server for the length of a block. Raises Unable when it cannot do that, Failed when it does not start."""
     name = contestant.program
-    if name != "nbdmap" and shutil.which(name) is None:
+    if PROGRAMS[name] is not _nbdmap and shutil.which(name) is None:
         raise Unable(f"{name} is not installed")
     place = new_place(site, transport, contestant.backing or backing)
     command = PROGRAMS[name](place)
@@ -195,6 +200,7 @@ def serving(site: Site, contestant: Contestant, transport: Transport, backing: B
     if name == "nbd-server":  # makes itself a daemon: in the foreground it serves one client only
         pidfile = site.unique("pid")
         command += ["-p", str(pidfile)]
-    with running(command, site.unique(f"{name}.log"), pidfile=pidfile, environment={"PYTHONPATH": str(REPOSITORY)}) as process:
+    package = COMPILED if name == NBDMAP.program and COMPILED.is_dir() else REPOSITORY
+    with running(command, site.unique(f"{name}.log"), pidfile=pidfile, environment={"PYTHONPATH": str(package)}) as process:
         wait_until_up(place, process)
         yield Server(contestant.name, process, place)

@@ -7,6 +7,8 @@ tables and status lines name it, and counts its openers: tables that stand on it
 from dataclasses import dataclass
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from nbdmap.block.io import Io, Pending
 from nbdmap.units import SECTOR
 
@@ -40,6 +42,7 @@ class Limits:
     rotational: bool = False
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Device:
     """Base of disks and mapped devices.
 

@@ -7,6 +7,8 @@ of the mapped device, so a target that shifts subtracts its own begin once, when
 from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple, Protocol, Self
 
+from mypy_extensions import mypyc_attr
+
 from nbdmap.block.device import Device, Extent, Limits
 from nbdmap.block.io import Io, Pending
 from nbdmap.dm.args import Args
@@ -92,6 +94,7 @@ class Spec:
         self.raise_event = raise_event
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Target:
     """One entry of a table. Subclasses set `type_name` and `version` and override what they do differently."""
 

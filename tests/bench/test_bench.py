@@ -22,7 +22,7 @@ pytestmark = pytest.mark.system
 
 KINDS: Final = [
     "unix/read-4k-d32-x4,unix/write-1m-d4",
-    "unix/fsync,unix/copy-*",
+    "unix/fsync,unix/copy-*,unix/lean-read-4k-d32,unix/lean-write-4k-d1",
     "unix/stack-read-*,unix/memory-write-4k-*,unix/idle",
     "unix/mixed,unix/fairness",
     "tcp/read-64k-*,tcp/copy-in",

@@ -1,0 +1,125 @@
+"""A client that costs next to nothing: `python -m bench.pump SOCKET EXPORT read|write BLOCK DEPTH SECONDS`.
+
+fio and libnbd spend more on a 4 KiB request than the servers do, so beside them a fast server mostly waits. This one has made
+its requests beforehand, counts replies by their size and never looks into them: what it measures is the server. A server that
+answers anything but success in simple replies is found out by the first wrong length or magic. Prints the requests done.
+"""
+
+import random
+import socket
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from typing import Final
+
+from bench.processes import Failed
+from nbdmap.nbd.constants import (
+    FLAG_FIXED_NEWSTYLE,
+    FLAG_NO_ZEROES,
+    GREETING,
+    OPTION,
+    OPTION_MAGIC,
+    OPTION_REPLY,
+    REQUEST,
+    REQUEST_MAGIC,
+    SIMPLE_REPLY,
+    SIMPLE_REPLY_MAGIC,
+    Cmd,
+    Opt,
+    Rep,
+)
+
+PREPARED: Final = 4096
+"""Different requests; then the first comes again."""
+SEED: Final = 1
+
+
+def exactly(sock: socket.socket, count: int) -> bytes:
+    """The next `count` bytes."""
+    data = b""
+    while len(data) < count:
+        more = sock.recv(count - len(data))
+        if not more:
+            raise Failed("the server closed the connection")
+        data += more
+    return data
+
+
+def connect(path: str, export: str) -> tuple[socket.socket, int]:
+    """A connection in transmission with simple replies, and the size of the export."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    exactly(sock, GREETING.size)
+    name = export.encode()
+    choice = struct.pack(f">I{len(name)}sH", len(name), name, 0)
+    flags = struct.pack(">I", FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES)
+    sock.sendall(flags + OPTION.pack(OPTION_MAGIC, Opt.GO, len(choice)) + choice)
+    size = 0
+    while True:
+        _, _, kind, length = OPTION_REPLY.unpack(exactly(sock, OPTION_REPLY.size))
+        text = exactly(sock, length)
+        if kind == Rep.ACK:
+            return sock, size
+        if kind != Rep.INFO:
+            raise Failed(f"GO was answered with {kind:#x}")
+        if text[:2] == b"\0\0":
+            size = int.from_bytes(text[2:10], "big")
+
+
+def prepare(size: int, write: bool, block: int) -> list[bytes]:
+    """Random requests of one kind all over the export."""
+    rng = random.Random(SEED)
+    command = Cmd.WRITE if write else Cmd.READ
+    payload = rng.randbytes(block) if write else b""
+    return [
+        REQUEST.pack(REQUEST_MAGIC, 0, command, cookie, rng.randrange(size // block) * block, block) + payload
+        for cookie in range(PREPARED)
+    ]
+
+
+def pump(sock: socket.socket, requests: Sequence[bytes], reply: int, depth: int, seconds: float) -> int:
+    """Keeps `depth` requests in flight and returns how many were answered."""
+    buffer = bytearray(depth * reply)
+    free, place, received, done = depth, 0, 0, 0
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        if place + free > len(requests):
+            place = 0
+        sock.sendall(b"".join(requests[place : place + free]))
+        place += free
+        free = 0
+        while not free:
+            count = sock.recv_into(buffer)
+            if not count:
+                raise Failed("the server closed the connection")
+            if not received and count >= SIMPLE_REPLY.size:
+                magic, error, _ = SIMPLE_REPLY.unpack_from(buffer)
+                if magic != SIMPLE_REPLY_MAGIC or error:
+                    raise Failed(f"a reply begins with {magic:#x}, error {error}")
+            free, received = divmod(received + count, reply)
+        done += free
+    flying = (depth - free) * reply - received
+    while flying > 0:  # a server that is left with unread replies may take that ill
+        flying -= sock.recv_into(buffer) or flying
+    return done
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One run."""
+    path, export, way, block, depth, seconds = arguments
+    sock, size = connect(path, export)
+    write = way == "write"
+    requests = prepare(size, write, int(block))
+    reply = SIMPLE_REPLY.size + (0 if write else int(block))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    begun = time.perf_counter()
+    done = pump(sock, requests, reply, int(depth), float(seconds))
+    print(done, done / (time.perf_counter() - begun))
+    sock.sendall(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.DISC, 0, 0, 0))
+    sock.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
