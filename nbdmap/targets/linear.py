@@ -5,6 +5,8 @@
 
 from typing import Self
 
+from mypy_extensions import mypyc_attr
+
 from nbdmap.block.device import Device, Extent
 from nbdmap.block.io import Io, Pending
 from nbdmap.dm.args import Args
@@ -12,6 +14,7 @@ from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.units import MAX_SIZE, SECTOR
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Linear(Target):
     """`linear <device> <start>`: sector s of the target is sector s + start of the device."""
 
