@@ -98,10 +98,11 @@ def test_the_demo(directory: Path) -> None:
         made.expect("export 'stack'")
         assert f"listening on {listening(directory)}\n" in made.log
         assert f"admin socket {directory}/admin.sock\n" in made.log
-        for name in ("linear", "joined", "striped", "zero", "error", "stack"):
+        exports = ["linear", "joined", "striped", "zero", "error", "slow", "flakey", "dust", "stack"]
+        for name in exports:
             assert re.search(rf"export '{name}': \d+ bytes, .+\n", made.log)
         names = [one["export-name"] for one in json.loads(run("nbdinfo", "--list", "--json", listening(directory)))["exports"]]
-        assert names == ["linear", "joined", "striped", "zero", "error", "stack"]
+        assert names == exports
         nbdsh("h.pwrite(b'x' * 65536 * 4, 0); assert h.pread(65536 * 4, 0) == b'x' * 65536 * 4",
               f"nbd+unix:///stack?socket={directory}/nbd.sock")  # fmt: skip
         made.popen.terminate()

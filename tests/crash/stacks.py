@@ -1,4 +1,4 @@
-"""The stacks of linear and striped that are crashed, over disks and over files."""
+"""The stacks that are crashed: linear and striped, over disks and over files; the targets of tests of faults."""
 
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Final
@@ -81,6 +81,39 @@ class StackedFiles(Stacked):
     files = True
 
 
-SCENARIOS: Final[dict[str, type[Scenario]]] = {
-    kind.name: kind for kind in (Linear, Striped, Stacked, LinearFiles, StripedFiles, StackedFiles, Persist)
-}
+class Faults(Tables):
+    """The targets that are there to make trouble, while they make none, on one another: what they pass on they pass on
+    whole, flushes too. The log of log-writes is on a disk of its own."""
+
+    name = "faults"
+    sectors = (40, 40, 400)
+    tables: ClassVar = {
+        "log": "0 40 log-writes 7:0 7:2",
+        "paths": "0 36 switch 2 5 0 log 2 7:1 4",
+        "slow": "0 36 delay paths 0 100 paths 0 300 paths 0 200",
+        "dusty": "0 36 dust slow 0 1024",
+        "shaky": "0 32 flakey dusty 4 1000000 1",
+    }
+
+
+class Delayed(Tables):
+    """A delay whose writes and flushes go to different disks."""
+
+    name = "delayed"
+    sectors = (36, 36)
+    tables: ClassVar = {"slow": "0 36 delay 7:0 0 10 7:0 0 300 7:1 0 20"}
+
+
+_ALL: Final[tuple[type[Scenario], ...]] = (
+    Linear,
+    Striped,
+    Stacked,
+    LinearFiles,
+    StripedFiles,
+    StackedFiles,
+    Faults,
+    Delayed,
+    Persist,
+)
+
+SCENARIOS: Final[dict[str, type[Scenario]]] = {kind.name: kind for kind in _ALL}

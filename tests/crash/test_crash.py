@@ -11,7 +11,17 @@ from tests.crash.oracle import Violation
 from tests.crash.plants import PLANTS, plant
 from tests.crash.stacks import SCENARIOS, LinearFiles, StripedFiles
 
-SEEDS = {"linear": 8, "striped": 8, "stacked": 4, "linear-files": 20, "striped-files": 20, "stacked-files": 6, "persist": 5}
+SEEDS = {
+    "linear": 8,
+    "striped": 8,
+    "stacked": 4,
+    "linear-files": 20,
+    "striped-files": 20,
+    "stacked-files": 6,
+    "faults": 4,
+    "delayed": 4,
+    "persist": 5,
+}
 STATES = 500
 """How many states a run must have on average at least, so that a harness that does nothing is seen."""
 

@@ -3,6 +3,9 @@
     seed/identity.sh joined.sh reverse.pl    device-mapper/linear.txt
     seed/striped.pl                          device-mapper/striped.txt
     seed/zero.sh                             device-mapper/zero.txt
+    seed/delayed.sh delayed-writes.sh        device-mapper/delay.txt
+
+and the two lines of features that device-mapper/flakey.txt has.
 
 Once on loop devices, for which blockdev(8) is the real one, and once on plain files, which need no root: there a stand-in
 for blockdev tells the size of a file.
@@ -164,6 +167,64 @@ for offset in (0, 5 << 40, (10 << 40) - 4096):
     assert h.pread(4096, offset) == bytes(4096)
 """
     nbdsh(script, bench.server.uri("zero1"))
+
+
+TIMED: Final = """
+import time
+def took(call):
+    begun = time.monotonic()
+    call()
+    return time.monotonic() - begun
+"""
+
+
+def test_delayed(bench: Bench) -> None:
+    """Reads and writes of 500 ms; a status line while one waits is in tests/vm/test_faults.py and tests/targets."""
+    (disk,) = bench.disks(MIB)
+    assert bench.script("delayed.sh", disk) == ""
+    number = bench.number(disk, of="delayed")
+    assert bench.dmsetup("table", "delayed") == f"0 2048 delay {number} 0 500\n"
+    assert bench.dmsetup("status", "delayed") == "0 2048 delay 0 0 0\n"
+    script = f"""{TIMED}
+assert took(lambda: h.pread(4096, 0)) >= 0.499
+assert took(lambda: h.pwrite(b"d" * 4096, 0)) >= 0.499
+assert took(lambda: h.flush()) >= 0.499
+"""
+    nbdsh(script, bench.server.uri("delayed"))
+    assert bench.raw(disk)[:8192] == b"d" * 4096 + bench.content(0, MIB)[4096:8192]
+
+
+def test_delayed_writes_on_another_device(bench: Bench) -> None:
+    first, second = bench.disks(MIB, MIB)
+    assert bench.script("delayed-writes.sh", first, second) == ""
+    low, high = (bench.number(disk, of="delayed") for disk in (first, second))
+    assert bench.dmsetup("table", "delayed") == f"0 2048 delay {low} 0 0 {high} 0 500\n"
+    script = f"""{TIMED}
+assert h.pread(1 << 20, 0) == open({first!r}, "rb").read()
+assert took(lambda: h.pwrite(b"d" * 4096, 4096)) >= 0.499
+assert h.pread(1 << 20, 0) == open({first!r}, "rb").read()
+h.flush()
+"""
+    nbdsh(script, bench.server.uri("delayed"))
+    assert bench.raw(first) == bench.content(0, MIB)
+    assert bench.raw(second)[4096:8192] == b"d" * 4096
+
+
+def test_flakeys_examples(bench: Bench) -> None:
+    """`corrupt_bio_byte 32 r 1 0` and `corrupt_bio_byte 224 w 0 32`: since the flag REQ_META has another number, the second
+    does nothing, in Linux too."""
+    (disk,) = bench.disks(MIB)
+    content = bench.content(0, MIB)
+    for name, words in (("reads", "corrupt_bio_byte 32 r 1 0"), ("meta", "corrupt_bio_byte 224 w 0 32")):
+        bench.dmsetup("create", name, "--table", f"0 2048 flakey {disk} 0 0 1 5 {words}")
+        assert bench.dmsetup("table", name) == f"0 2048 flakey {bench.number(disk, of=name)} 0 0 1 5 {words}\n"
+        assert bench.dmsetup("status", name) == "0 2048 flakey \n"
+    script = "import sys\nd = h.pread(4096, 8192)\nassert (d[31], d[:31] + d[32:]) == (1, bytes.fromhex(sys.argv[1]))"
+    expected = content[8192:12288]
+    script = script.replace("sys.argv[1]", repr((expected[:31] + expected[32:]).hex()))
+    nbdsh(script, bench.server.uri("reads"))
+    nbdsh("h.pwrite(b'w' * 4096, 0); h.flush()", bench.server.uri("meta"))
+    assert bench.raw(disk) == b"w" * 4096 + content[4096:]
 
 
 def test_a_name_in_use_is_refused_as_dmsetup_does(bench: Bench) -> None:
