@@ -10,6 +10,7 @@ A suspend issues what is held back at once.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,12 +26,12 @@ from nbdmap.units import MAX_SIZE, SECTOR
 MAX_DELAY_MS: Final = (1 << 32) - 1
 MAX_TURN: Final = 256
 """Requests issued in one turn of the loop; then others have theirs, however many are due at the same moment."""
-_TICK: Final = 0.0005
-"""The loop counts in milliseconds: what is due in less than half of one is due."""
+_TICK_S: Final = 0.001
+"""What uvloop's timers count in."""
 
 
 class Held(Deferred):
-    """A request that is held back until `due`, in seconds of the loop's clock."""
+    """A request that is held back until `due`, in seconds of the target's clock."""
 
     __slots__ = ("due", "io", "leg", "offset")
 
@@ -103,6 +104,12 @@ class Delay(Target):
     def __init__(self, spec: Spec, words: Sequence[tuple[Device, int, int]]) -> None:
         super().__init__(spec)
         self._loop = asyncio.get_running_loop()
+        # uvloop reads its clock once a turn, in whole milliseconds, so that a request would seem to have come before its
+        # time: the system is asked. Its timers are rounded: they are set half a tick later, for none to be early. A virtual
+        # loop's clock is its own, and exact.
+        virtual = abs(self._loop.time() - time.monotonic()) > 1
+        self._clock = self._loop.time if virtual else time.monotonic
+        self._late_s = 0.0 if virtual else _TICK_S / 2
         self._given = len(words)
         (device, start, delay_ms), writes, flushes = words[0], words[min(1, self._given - 1)], words[-1]
         self._reads = Leg(device, start, spec.begin, delay_ms)
@@ -131,7 +138,7 @@ class Delay(Target):
         leg = self._reads if op is READ or op is CACHE else self._flushes if op is FLUSH else self._writes
         if not leg.delay_ms or not self._delaying:
             return leg.send(io, offset)
-        held = Held(leg, io, offset, self._loop.time() + leg.delay_ms / 1000)
+        held = Held(leg, io, offset, self._clock() + leg.delay_ms / 1000)
         first = not leg.queue
         leg.queue.append(held)
         leg.held += 1
@@ -144,11 +151,11 @@ class Delay(Target):
         due = min((leg.queue[0].due for leg in self._legs if leg.queue), default=None)
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if due is None else self._loop.call_at(due, self._expire)
+        self._timer = None if due is None else self._loop.call_at(due + self._late_s, self._expire)
 
     def _expire(self) -> None:
         """Issues what is due, in the order of its time."""
-        now = self._loop.time() + _TICK
+        now = self._clock()
         for _ in range(MAX_TURN):
             leg = min((leg for leg in self._legs if leg.queue), key=_next_due, default=None)
             if leg is None or leg.queue[0].due > now:

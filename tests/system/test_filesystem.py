@@ -3,18 +3,16 @@
     nbdfuse -> losetup -> mkfs.ext4 -> mount -> a tree is copied -> umount -> e2fsck, and again after the server's restart
 """
 
-import contextlib
 import os
 import random
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.clients import PACKAGES, environment, run, wait_until
+from tests.support.clients import run
 from tests.support.loop import loop_device
-from tests.support.programs import need
+from tests.support.mounts import fuse_file, mounted
 from tests.support.server import REPOSITORY, Server, serving
 
 CONFIG = """
@@ -26,44 +24,6 @@ devices:
   fast: {table: 0 196608 striped 2 128 a 2048 b 2048}
   disk: {table: "0 196608 linear fast 0\\n196608 65536 linear c 1024"}
 """
-
-
-@contextlib.contextmanager
-def fuse_file(uri: str, directory: Path) -> Iterator[Path]:
-    """A file whose bytes are the export's."""
-    if os.geteuid() != 0 or not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("mounting by FUSE needs root and /dev/fuse")
-    need("nbdfuse", PACKAGES["nbdfuse"])
-    point, pidfile = directory / "fuse", directory / "fuse.pid"
-    point.mkdir()
-    pidfile.unlink(missing_ok=True)
-    process = subprocess.Popen(
-        ["nbdfuse", "-P", str(pidfile), f"{point}/disk", uri], env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_until(lambda: pidfile.exists() and (point / "disk").exists(), process)
-        yield point / "disk"
-        run("umount", point)
-    except BaseException:
-        process.terminate()  # it unmounts
-        raise
-    finally:
-        _, said = process.communicate(timeout=10)
-        point.rmdir()
-    assert process.returncode == 0, said
-
-
-@contextlib.contextmanager
-def mounted(device: str | Path, directory: Path, *options: str) -> Iterator[Path]:
-    """A mounted file system."""
-    point = directory / "mnt"
-    point.mkdir()
-    run("mount", *options, device, point)
-    try:
-        yield point
-    finally:
-        run("umount", point)
-        point.rmdir()
 
 
 def fill(root: Path) -> None:
