@@ -14,13 +14,10 @@ from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.target import Below, Target
 from nbdmap.errors import NbdmapError
 from nbdmap.targets import TARGETS
-from nbdmap.targets.delay import Delay
-from nbdmap.targets.flakey import Flakey
 from nbdmap.targets.linear import Linear
-from nbdmap.targets.log_writes import Flag, Logged, LogWrites
 from nbdmap.targets.striped import Stripe, Striped
-from nbdmap.targets.switch import Switch
 from nbdmap.units import SECTOR
+from tests.crash.fault_plants import FAULT_PLANTS
 from tests.crash.persist_plants import PERSIST_PLANTS
 from tests.crash.scenario import Scenario
 from tests.crash.stacks import SCENARIOS
@@ -285,35 +282,6 @@ class ForgetStripeOfZeroes(Striped):
         return super()._send(stripe, io, at)
 
 
-class FlushAtOnce(LogWrites):
-    """A flush is logged and not sent."""
-
-    def submit(self, io: Io, offset: int) -> Pending:
-        return self._append(Logged(0, 0, Flag.FLUSH)) if io.op is FLUSH else super().submit(io, offset)
-
-
-class FlushesGoTheirWayOnly(Delay):
-    """A flush reaches the device of the flushes only, as in the kernel."""
-
-    def submit(self, io: Io, offset: int) -> Pending:
-        self._flushes._devices[1:] = []
-        return super().submit(io, offset)
-
-
-class DropsFlushesWhileUp(Flakey):
-    """What is meant for the down interval is always done to flushes."""
-
-    def submit(self, io: Io, offset: int) -> Pending:
-        return DONE if io.op is FLUSH else super().submit(io, offset)
-
-
-class FlushFirstPath(Switch):
-    """A flush reaches the first path only."""
-
-    def devices(self) -> list[Below]:
-        return super().devices()[:1]
-
-
 # --- the mapper, and files --------------------------------------------------------------------------------------------
 
 
@@ -419,10 +387,6 @@ PLANTS: Final[dict[str, Plant]] = {
     "wrong-stripe": Plant("striped", _types(WrongStripe)),
     "lose-piece": Plant("striped", _types(LosePiece)),
     "forget-stripe-of-zeroes": Plant("striped-files", _types(ForgetStripeOfZeroes)),
-    "log-flush-only": Plant("faults", _types(FlushAtOnce)),
-    "flush-the-flush-device": Plant("delayed", _types(FlushesGoTheirWayOnly)),
-    "flakey-drops-flushes": Plant("faults", _types(DropsFlushesWhileUp)),
-    "flush-first-path": Plant("faults", _types(FlushFirstPath)),
     "suspend-without-flush": Plant("stacked", {"device_type": SuspendWithoutFlush}),
     "ignore-failed-sync": Plant("linear-files", {"file_type": IgnoreFailedSync}),
     "no-latch": Plant("striped-files", {"file_type": NoLatch}),
@@ -431,6 +395,7 @@ PLANTS: Final[dict[str, Plant]] = {
     "count-when-sync-ends": Plant("linear-files", {"file_type": CountWhenSyncEnds}),
     "join-running-sync": Plant("linear-files", {"file_type": JoinRunningSync}),
     "zeroes-are-no-change": Plant("linear-files", {"file_type": ZeroesAreNoChange}),
+    **{name: Plant(scenario, _types(kind)) for name, (scenario, kind) in FAULT_PLANTS.items()},
     **{name: Plant("persist", changes) for name, changes in PERSIST_PLANTS.items()},
 }
 
