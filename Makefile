@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: run test test-compiled compiled lint bench crash fuzz soak golden lock clean packages
+.PHONY: run test test-compiled compiled lint bench crash fuzz soak paths golden lock clean packages
 run: $(VENV)/.run                    ## serve the built-in demo on nbd://127.0.0.1:10809
 	$(BIN)/nbdmap serve
 
@@ -32,6 +32,9 @@ fuzz: $(VENV)/.dev                   ## make fuzz SECONDS=600
 
 soak: $(VENV)/.dev packages          ## make soak SECONDS=600: the server killed and restarted under verified load
 	$(BIN)/python -m tests.soak $(or $(SECONDS),60)
+
+paths: $(VENV)/.dev packages         ## make paths SECONDS=60: multipath whose servers are killed, for each selector
+	$(BIN)/python -m tests.soak.paths $(or $(SECONDS),60)
 
 golden: $(VENV)/.dev packages        ## record dmsetup's answers on Debian's kernels again
 	$(BIN)/python -m tests.vm.transcripts

@@ -37,6 +37,26 @@ def parse_size(text: str) -> int:
     return size
 
 
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h)")
+_SECONDS: Final = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+MAX_DURATION_S: Final = 7 * 24 * 3600.0
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of "5s", "200ms", "1.5 s", "2min" or "1h", or of "0". Raises InvalidArgument for anything else.
+
+    >>> parse_duration("200ms")
+    0.2
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None and text.strip() != "0":
+        raise InvalidArgument(f"{text!r} is not a duration (examples: 200ms, 5s, 2min, 0)")
+    seconds = float(match[1]) * _SECONDS[match[2]] if match else 0.0
+    if seconds > MAX_DURATION_S:
+        raise InvalidArgument(f"{text!r} is longer than a week")
+    return seconds
+
+
 def round_down(value: int, step: int) -> int:
     """The largest multiple of `step` that is not above `value`."""
     return value - value % step

@@ -56,6 +56,10 @@ class Device:
     read_only: bool
     limits: Limits
     openers: int = 0
+    absent: bool = False
+    """Not reached since it was opened: size 0, limits and read_only are not known yet."""
+    ways: int = 0
+    """How many paths of multipath targets stand on it."""
 
     def submit(self, io: Io, offset: int) -> Pending:
         """Does `io` at byte `offset`. READ fills `io.data`. Raises NbdmapError with the errno of the failure.
@@ -67,6 +71,11 @@ class Device:
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """The extents from `offset` on, at least one; they may cover less than `length` but never more."""
         return [(length, 0)]
+
+    def add_ways(self, count: int) -> None:
+        """So many paths more (or less) stand on it: while there are any, the same storage is written by other ways too. Then it
+        fails soon rather than late, and does not by itself repeat what it had done."""
+        self.ways += count
 
     async def close(self) -> None:
         """Gives back what the device holds. Called once, when nobody has it open."""

@@ -4,23 +4,22 @@
 
 Many requests share one connection. When it is lost, requests in flight and new ones wait while the disk connects again,
 and are then sent again; past a deadline they fail with EIO, and later ones fail at once until an attempt in the background
-succeeds. A server that comes back with another size or fewer abilities is refused.
+succeeds. A server that comes back with another size or fewer abilities is refused. One that is away at the very first may be
+waited for in the same way; until then the disk is `absent`.
 
 Invariants: what a flush acknowledged is on the server, over every reconnection: acknowledged writes that no flush has covered
 are kept (see unflushed.py) and sent again, in order and completed, before anything else. With `replay=False` they are not
 kept; then the flushes under way at the loss, or else the first one after it, fail. This trusts that nobody else writes to the
-export, and that writes which overlap are not in flight at once.
+export, and that writes which overlap are not in flight at once. A path of a multipath target is written by other ways, too:
+while there are such `ways`, nothing is kept or sent again, and requests fail as soon as the connection is lost.
 """
 
 import asyncio
 import errno
 import logging
 import os
-import random
 import ssl
-import time
-from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import Coroutine
 from typing import Final
 
 from nbdmap.block.device import Device, Extent, Limits
@@ -34,13 +33,15 @@ from nbdmap.block.io import (
     READ,
     WRITE,
     WRITE_ZEROES,
+    Failed,
     Io,
     Pending,
     run_all,
 )
 from nbdmap.block.link import Link, open_link, tls_context
+from nbdmap.block.reconnect import Reconnect, Waiting, difference
 from nbdmap.block.unflushed import WRITES, Unflushed
-from nbdmap.errors import AccessRefused, IoFailed, NbdmapError, Unsupported
+from nbdmap.errors import AccessRefused, InvalidArgument, IoFailed, NbdmapError, Unsupported
 from nbdmap.nbd import constants as nbd
 from nbdmap.nbd.client import Agreement
 from nbdmap.nbd.constants import Cmd
@@ -50,6 +51,8 @@ from nbdmap.units import GIB, MIB, SECTOR, round_down
 
 MAX_UNFLUSHED: Final = 64 * MIB
 """The most acknowledged writes that are kept for another time; beyond it the server is told to flush."""
+WAY_PAUSE_S: Final = 1.0
+"""The longest pause between attempts to connect of a disk that is one of several ways."""
 MAX_EFFECT: Final = GIB
 """The longest request without payload; longer ones are split."""
 
@@ -62,50 +65,6 @@ _COMMANDS: Final = {  # op: (command, the flags it may carry); the flags have th
     WRITE_ZEROES: (Cmd.WRITE_ZEROES, FUA | NO_HOLE | FAST_ZERO),
     CACHE: (Cmd.CACHE, 0),
 }
-_ABILITIES: Final = (
-    nbd.SEND_FLUSH
-    | nbd.SEND_FUA
-    | nbd.SEND_TRIM
-    | nbd.SEND_WRITE_ZEROES
-    | nbd.SEND_CACHE
-    | nbd.SEND_FAST_ZERO
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Reconnect:
-    """How to connect again: at once, then with pauses from `first_pause_s`, doubled up to `longest_pause_s`, each with jitter.
-
-    Requests wait `deadline_s` from the loss of the connection that carried them. The functions are for tests.
-    """
-
-    first_pause_s: float = 0.1
-    longest_pause_s: float = 5.0
-    deadline_s: float = 10.0
-    random: Callable[[], float] = random.random
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    clock: Callable[[], float] = time.monotonic
-
-
-class _Waiting(Request):
-    """A request of this disk: `answer` is done when it is finished, `lost_at` when its connection was lost first."""
-
-    __slots__ = ("answer", "lost_at", "mark")
-
-    def __init__(self, command: Cmd, offset: int, length: int, data: memoryview, flags: int) -> None:
-        super().__init__(command, offset, length, data, flags)
-        self.answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.lost_at: float | None = None
-        self.mark = 0
-
-    def end(self, error: Exception | None = None) -> None:
-        if not self.answer.done():
-            if error is None:
-                self.answer.set_result(None)
-            else:
-                self.answer.set_exception(error)
-
-
 class RemoteDisk(Device):
     """Made by `connect`. `size` is the export's, rounded down to its logical block."""
 
@@ -120,11 +79,24 @@ class RemoteDisk(Device):
         tls: ssl.SSLContext | None = None,
         reconnect: Reconnect | None = None,
         replay: bool = True,
+        may_be_absent: bool = False,
     ) -> "RemoteDisk":
-        """Connects to the export. `tls` replaces the context that the URI's parameters describe. Raises NbdmapError."""
+        """Connects to the export. `tls` replaces the context that the URI's parameters describe. Raises NbdmapError.
+
+        With `may_be_absent` a disk that cannot be reached is returned all the same: its requests fail until it can be.
+        """
         disk = cls(uri, tls or tls_context(uri), reconnect or Reconnect(), replay)
-        link = await disk._open()
-        disk._describe(name, number, link.agreement, read_only)
+        disk.name, disk.number, disk.read_only = name, number, read_only
+        try:
+            link = await disk._open()
+        except InvalidArgument:
+            raise
+        except NbdmapError as error:
+            if not may_be_absent:
+                raise
+            disk._be_absent(error)
+            return disk
+        disk._describe(link.agreement)
         disk._link = link
         return disk
 
@@ -136,9 +108,10 @@ class RemoteDisk(Device):
         self._agreement: Agreement
         self._link: Link | None = None
         self._restoring: Link | None = None  # the next connection, while these are sent again on it
-        self._repeated: list[_Waiting] = []
-        self._waiting: dict[_Waiting, None] = {}  # every request that is not finished, oldest first
-        self._refusal = ""  # why requests fail at once
+        self._repeated: list[Waiting] = []
+        self._waiting: dict[Waiting, None] = {}  # every request that is not finished, oldest first
+        self.refusal = ""
+        """Why requests fail at once."""
         self._trouble = ""  # why the last attempt to connect failed
         self._unflushed = Unflushed(replay)
         self._relief = asyncio.Lock()
@@ -147,14 +120,23 @@ class RemoteDisk(Device):
         self._pause_s = 0.0
         self._reconnecting: asyncio.Task[None] | None = None
         self._deadline: asyncio.Task[None] | None = None
+        self._watch: asyncio.TimerHandle | None = None  # for a server that is silent
 
-    def _describe(self, name: str, number: str, agreement: Agreement, read_only: bool) -> None:
+    def _be_absent(self, error: NbdmapError) -> None:
+        self.absent = True
+        self.size = 0
+        self.limits = Limits()
+        self.refusal = f"{self.name}: not there yet: {error.message}"
+        _log.warning("%s", self.refusal)
+        self._pause_s = self._policy.first_pause_s
+        self._reconnecting = asyncio.get_running_loop().create_task(self._reconnect())
+
+    def _describe(self, agreement: Agreement) -> None:
         block = max(SECTOR, agreement.minimum_block)
         flags = agreement.flags
-        self.name = name
-        self.number = number
+        self.absent = False
         self.size = round_down(agreement.size, block)
-        self.read_only = read_only or bool(flags & nbd.READ_ONLY)
+        self.read_only = self.read_only or bool(flags & nbd.READ_ONLY)
         self._agreement = agreement
         self._payload = round_down(min(agreement.maximum_block, nbd.MAX_PAYLOAD), block)
         self.limits = Limits(
@@ -171,6 +153,8 @@ class RemoteDisk(Device):
     # --- requests ------------------------------------------------------------------------------------------------------
     def submit(self, io: Io, offset: int) -> Pending:
         """As `Device.submit`; longer requests than the server takes are split."""
+        if self.absent:
+            return Failed(IoFailed(self.refusal))
         if io.op == FLUSH:
             return self._flush()
         most = self._payload if io.op in (READ, WRITE, CACHE) else MAX_EFFECT
@@ -245,15 +229,17 @@ class RemoteDisk(Device):
 
     async def _perform(
         self, command: Cmd, offset: int, length: int, data: memoryview = NOWHERE, flags: int = 0
-    ) -> _Waiting:
+    ) -> Waiting:
         """Has the server do one request, over as many connections as that takes; returns it with its answer."""
-        if self._refusal:
-            raise IoFailed(self._refusal)
-        request = _Waiting(command, offset, length, data, flags)
+        if self.refusal:
+            raise IoFailed(self.refusal)
+        request = Waiting(command, offset, length, data, flags)
         request.mark = self._unflushed.mark()
         self._waiting[request] = None
         if self._link is not None:
             self._link.send(request)
+        if self._watch is None and self._policy.silence_s is not None:
+            self._look(None, 0.0)
         try:
             await request.answer
         except asyncio.CancelledError:
@@ -275,7 +261,7 @@ class RemoteDisk(Device):
         """Notes what the server now has, in the order of its answers, and wakes who waits."""
         leaving = False
         for request in finished:
-            assert isinstance(request, _Waiting)
+            assert isinstance(request, Waiting)
             if request.error == errno.ESHUTDOWN:
                 leaving = True
                 if request in self._waiting:
@@ -309,15 +295,41 @@ class RemoteDisk(Device):
             waiting.restart()
             if waiting.lost_at is None:
                 waiting.lost_at = now
-        if self._unflushed.dirty and not self._replay:
-            self._losses += 1
+        if not self._unflushed.whole:
+            self._losses += not self.ways
             self._unflushed.flushed(self._unflushed.mark())
-        self._deadline = asyncio.get_running_loop().create_task(self._give_up_late())
+        if self.ways:
+            self._give_up(f"the connection to {self.uri} is lost: {error}")
+        else:
+            self._deadline = asyncio.get_running_loop().create_task(self._give_up_late())
         self._reconnecting = asyncio.get_running_loop().create_task(self._reconnect())
 
+    def add_ways(self, count: int) -> None:
+        """As Device.add_ways."""
+        self.ways += count
+        self._unflushed.keep(self._replay and not self.ways)
+
+    def _look(self, seen: "Waiting | None", since: float) -> None:
+        """Gives the connection up when its oldest request is still that which it was `silence_s` ago."""
+        loop, silence_s = asyncio.get_running_loop(), self._policy.silence_s
+        assert silence_s is not None, "else nobody looks"
+        self._watch = None
+        oldest = next(iter(self._waiting), None)
+        if oldest is None or self._link is None:
+            return
+        now = loop.time()
+        if oldest is not seen:
+            seen, since = oldest, now
+        elif now - since >= silence_s:
+            link = self._link
+            link.abort()
+            self._on_loss(link, TimeoutError(errno.ETIMEDOUT, f"no answer for {silence_s:g} s"))
+            return
+        self._watch = loop.call_later(silence_s / 4, self._look, seen, since)
+
     def _end_deadline(self) -> None:
-        assert self._deadline is not None, "the loss began it"
-        self._deadline.cancel()
+        if self._deadline is not None:
+            self._deadline.cancel()
 
     async def _give_up_late(self) -> None:
         await self._policy.sleep(self._policy.deadline_s)
@@ -326,12 +338,12 @@ class RemoteDisk(Device):
     def _give_up(self, reason: str) -> None:
         """Fails what waits, and from now on what comes."""
         refusal = f"{self.name}: {reason}"
-        if refusal != self._refusal:
+        if refusal != self.refusal:
             _log.warning("%s", refusal)
         self._fail_all(refusal)
 
     def _fail_all(self, refusal: str) -> None:
-        self._refusal = refusal
+        self.refusal = refusal
         waiting, self._waiting = self._waiting, {}
         for request in waiting:
             request.end(IoFailed(refusal))
@@ -342,7 +354,8 @@ class RemoteDisk(Device):
         while True:
             if self._pause_s:
                 await policy.sleep(self._pause_s * (0.5 + policy.random() / 2))
-            self._pause_s = min(policy.longest_pause_s, max(policy.first_pause_s, 2 * self._pause_s))
+            longest_s = min(policy.longest_pause_s, WAY_PAUSE_S) if self.ways else policy.longest_pause_s
+            self._pause_s = min(longest_s, max(policy.first_pause_s, 2 * self._pause_s))
             try:
                 link = await self._open()
             except NbdmapError as error:
@@ -350,7 +363,9 @@ class RemoteDisk(Device):
                 continue
             self._restoring = link
             try:
-                changed = self._changed(link.agreement)
+                if self.absent:
+                    self._describe(link.agreement)
+                changed = difference(self._agreement, link.agreement, self)
                 if not changed:
                     await self._restore(link)
                     break
@@ -372,7 +387,7 @@ class RemoteDisk(Device):
         _log.info("%s: connected to %s again", self.name, self.uri)
         self._end_deadline()
         self._link = link
-        self._refusal = ""
+        self.refusal = ""
         now = self._policy.clock()
         for request in list(self._waiting):
             if request.lost_at is not None and now - request.lost_at > self._policy.deadline_s:
@@ -385,25 +400,12 @@ class RemoteDisk(Device):
             else:
                 link.send(request)
 
-    def _changed(self, new: Agreement) -> str:
-        """What forbids to go on with a server, or "" for nothing."""
-        old = self._agreement
-        if new.size != old.size:
-            return f"it had {old.size} bytes and has {new.size}"
-        if new.flags & nbd.READ_ONLY and not self.read_only:
-            return "it has become read-only"
-        if old.flags & _ABILITIES & ~new.flags:
-            return f"its flags were {old.flags:#x} and are {new.flags:#x}"
-        if new.minimum_block > self.limits.logical_block or new.maximum_block < self._payload:
-            return f"it takes requests of {new.minimum_block} to {new.maximum_block} bytes"
-        return ""
-
     async def _restore(self, link: Link) -> None:
         """Sends the unflushed writes again. Raises when the connection is lost; a write that fails is reported by flush."""
         for batch in [*self._unflushed.batches(), []]:
             if self._restoring is not link:
                 raise ConnectionResetError(errno.ECONNRESET, "the connection was lost again")
-            self._repeated = [_Waiting(one.command, one.offset, one.length, one.data, one.flags) for one in batch]
+            self._repeated = [Waiting(one.command, one.offset, one.length, one.data, one.flags) for one in batch]
             for request in self._repeated:
                 link.send(request)
             for request in self._repeated:
@@ -414,6 +416,8 @@ class RemoteDisk(Device):
 
     async def close(self) -> None:
         """Ends everything; requests that still wait fail with EIO."""
+        if self._watch is not None:
+            self._watch.cancel()
         for task in (self._reconnecting, self._deadline):
             if task is not None and task is not asyncio.current_task():
                 task.cancel()

@@ -33,6 +33,18 @@ class Unflushed:
         """Whether a server that forgets would lose something that it acknowledged."""
         return self._noted > self._flushed
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of that can be sent again."""
+        return len(self._entries) == self._noted - self._flushed
+
+    def keep(self, keep: bool) -> None:
+        """Whether what is recorded from now on is kept. When it is not, what was kept is forgotten."""
+        self._keep = keep
+        if not keep:
+            self._entries.clear()
+            self.size = 0
+
     def note(self, request: Request) -> None:
         """Records an acknowledged WRITE, TRIM or WRITE_ZEROES; copies its data."""
         if request.flags & CMD_FLAG_FUA and not self.dirty:

@@ -31,6 +31,8 @@ from nbdmap.control.config import Config
 from nbdmap.control.events import Events
 from nbdmap.control.exports import Exports
 from nbdmap.control.mapper import Mapper
+from nbdmap.control.on_event import EventProgram
+from nbdmap.control.paths import PathChecker
 from nbdmap.control.rpc import AdminServer
 from nbdmap.control.schema import TlsEntry, check_listen
 from nbdmap.control.verbs import Verbs
@@ -128,6 +130,9 @@ class Program:
         self._mapper = Mapper(TARGETS, self._events)
         self._exports = Exports(self._mapper)
         self._applied = Applied(self._mapper, self._exports)
+        self._checker = PathChecker(self._mapper, config.multipath.polling_interval)
+        self._program = EventProgram(self._events, config.on_event)
+        self._jobs: list[asyncio.Future[None]] = []
         self._listener = Listener(self._exports, _context(config.tls), config.tls is not None and config.tls.require)
         self._admin: AdminServer | None = None
         self._captive: Captive | None = None
@@ -181,6 +186,8 @@ class Program:
                 await self._listener.listen(uri, accept=False)
         await self._applied.start(self._config)
         await self._start_admin()
+        self._program.socket = self._admin_path()
+        self._jobs += [asyncio.ensure_future(self._checker.run()), asyncio.ensure_future(self._program.run())]
         await self._listener.accept()
         for uri in self._listener.uris:
             log.info("listening on %s", _with_port(uri))
@@ -257,11 +264,20 @@ class Program:
                 log.warning("%s has changed; that takes a restart", key)
         if context is not None and before.tls is not None:
             self._listener.renew(context)
+        self._program.command = config.on_event
+        self._checker.interval_s = config.multipath.polling_interval
         problems = await self._applied.reload(config)
         self._config = config
         for problem in problems:
             log.error("%s", problem)
         log.info("reloaded %s: %s", config.origin.file, f"{len(problems)} problems" if problems else "all done")
+
+    async def _end_jobs(self) -> None:
+        for job in self._jobs:
+            job.cancel()
+        for problem in await asyncio.gather(*self._jobs, return_exceptions=True):
+            if isinstance(problem, Exception):
+                log.error("a background job failed", exc_info=problem)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -298,6 +314,7 @@ class Program:
                 if self._admin is not None:
                     parts.append(self._admin.close())
                 await asyncio.gather(*parts)
+                await self._end_jobs()
                 await self._mapper.close()
         except NbdmapError as error:
             log.error("%s", error.message)

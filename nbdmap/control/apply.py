@@ -319,10 +319,10 @@ class _Opener:
         self._mapper = change._mapper
         self._directory = change._config.directory
 
-    async def open(self, reference: str, read_only: bool) -> Device:
+    async def open(self, reference: str, read_only: bool, *, may_be_absent: bool = False) -> Device:
         """As Opener.open, after seeing to it that it is there."""
         await self._change.prepare(reference)
-        return await self._mapper.open(reference, read_only, self._directory)
+        return await self._mapper.open(reference, read_only, self._directory, may_be_absent=may_be_absent)
 
     async def release(self, device: Device) -> None:
         """As Opener.release."""
@@ -338,7 +338,9 @@ async def open_disk(name: str, number: str, entry: DiskEntry) -> Device:
         )  # fmt: skip
     if isinstance(entry, MemoryEntry):
         return MemoryDisk(name, number, entry.memory, limit=entry.limit, read_only=entry.read_only)
-    return await RemoteDisk.connect(entry.nbd, name=name, number=number, read_only=entry.read_only)
+    return await RemoteDisk.connect(
+        entry.nbd, name=name, number=number, read_only=entry.read_only, reconnect=entry.reconnect(), may_be_absent=True
+    )
 
 
 def _real_number(path: str) -> str:

@@ -30,6 +30,7 @@ from nbdmap.control.schema import (
     FileEntry,
     Keys,
     LuksEntry,
+    MultipathEntry,
     Surroundings,
     TlsEntry,
     meant,
@@ -63,6 +64,9 @@ class Config:
     tls: TlsEntry | None
     keyring: Mapping[str, str]
     """The files of keys, by "type:description"."""
+    multipath: MultipathEntry
+    on_event: tuple[str, ...] | None
+    """A program and its arguments, run for every event."""
     disks: Mapping[str, DiskEntry]
     devices: Mapping[str, DeviceEntry]
     bottom_up: tuple[str, ...]
@@ -149,7 +153,10 @@ def parse(raw: bytes, file: str, types: Collection[str], tables: Mapping[str, st
         index = listen.index(secure[0])
         raise BadConfig([origin.explain(("listen", index), f"{str(secure[0])!r} needs the key tls with its certificates")])
     order = _bottom_up(checked.devices, origin)
-    return Config(listen, checked.admin, checked.tls, checked.keyring, checked.disks, checked.devices, order, directory, origin)
+    return Config(
+        listen, checked.admin, checked.tls, checked.keyring, checked.multipath, checked.on_event, checked.disks, checked.devices,
+        order, directory, origin,
+    )  # fmt: skip
 
 
 def from_command_line(tables: Mapping[str, str], types: Collection[str]) -> Config:
@@ -208,7 +215,8 @@ def _model_at(path: list[int | str]) -> type[Keys]:
         if path[2:3] == ["luks"] and len(path) > 3:
             return LuksEntry
         return ExportEntry if path[2:3] == ["export"] and len(path) > 3 else DeviceEntry
-    return TlsEntry if path[0] == "tls" and len(path) > 1 else File
+    models: Mapping[object, type[Keys]] = {"tls": TlsEntry, "multipath": MultipathEntry}
+    return models.get(path[0], File) if len(path) > 1 else File
 
 
 def _unknown(key: str, model: type[Keys], path: list[int | str]) -> str:
@@ -217,7 +225,7 @@ def _unknown(key: str, model: type[Keys], path: list[int | str]) -> str:
         if others:
             mine = next(kind for kind, other in DISK_KINDS.items() if other is model)
             return f"does not go together with {mine}" if key in DISK_KINDS else f"belongs to {others[0]} disks, not to {mine}"
-    return "unknown key" + meant(key, [known for known in model.model_fields if known != "on_event"])
+    return "unknown key" + meant(key, model.model_fields)
 
 
 # --- what must be unique, and what stands on what --------------------------------------------------------------------------

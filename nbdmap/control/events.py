@@ -62,12 +62,21 @@ class Events:
         for listener in self._listeners:
             listener.put(event)
 
-    async def listen(self) -> AsyncIterator[dict[str, str]]:
-        """The events from now on, until the iterator is closed."""
+    def subscribe(self) -> Listener:
+        """A listener that gets the events from now on, until `unsubscribe`."""
         listener = Listener()
         self._listeners.append(listener)
+        return listener
+
+    def unsubscribe(self, listener: Listener) -> None:
+        """It gets no more."""
+        self._listeners.remove(listener)
+
+    async def listen(self) -> AsyncIterator[dict[str, str]]:
+        """The events from now on, until the iterator is closed."""
+        listener = self.subscribe()
         try:
             while True:
                 yield await listener.next()
         finally:
-            self._listeners.remove(listener)
+            self.unsubscribe(listener)

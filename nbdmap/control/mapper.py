@@ -65,6 +65,7 @@ class Mapper:
         self.events = events
         self.devices: dict[str, MappedDevice] = {}
         self._made: dict[str, MappedDevice] = {}  # being created: their names, uuids and numbers are taken
+        self._early: dict[MappedDevice, list[tuple[str, Mapping[str, str]]]] = {}  # events of those: told after their "add"
         self.disks: dict[str, Device] = {}
         """The configuration's disks, by name."""
         self.reserved: frozenset[str] = frozenset()
@@ -115,8 +116,9 @@ class Mapper:
         self._check_uuid(uuid)
         if name in self.devices or name in self._made:
             raise Busy(f"the name {name!r} is in use")
-        device = MappedDevice(name, uuid, self._mapped_number(minor), self.types, self.events.publish)
+        device = MappedDevice(name, uuid, self._mapped_number(minor), self.types, self._publish)
         self._made[name] = device
+        self._early[device] = []
         try:
             if table is not None:
                 await device.load(parse_table(table), opener or self.opener(directory), read_only)
@@ -132,9 +134,17 @@ class Mapper:
             raise
         finally:
             del self._made[name]
+            early = self._early.pop(device)
         self.devices[name] = device
-        self.events.publish(device, "add", {})
+        for action, keys in [("add", {}), *early]:
+            self._publish(device, action, keys)
         return device
+
+    def _publish(self, device: MappedDevice, action: str, keys: Mapping[str, str]) -> None:
+        if device in self._early:
+            self._early[device].append((action, keys))
+        else:
+            self.events.publish(device, action, keys)
 
     def _mapped_number(self, minor: int | None) -> str:
         used = {device.number for device in self._all()}
@@ -172,7 +182,7 @@ class Mapper:
         try:
             await device.close()
         finally:
-            self.events.publish(device, "remove", {})
+            self._publish(device, "remove", {})
         return True
 
     def rename(self, device: MappedDevice, name: str) -> None:
@@ -201,13 +211,15 @@ class Mapper:
         """What tables open their devices with; relative paths start at `directory`."""
         return MapperOpener(self, directory)
 
-    async def open(self, reference: str, read_only: bool, directory: str) -> Device:
+    async def open(self, reference: str, read_only: bool, directory: str, *, may_be_absent: bool = False) -> Device:
         """One opener more for what `reference` names; as Opener.open."""
         device = self._mapped(reference) or self._disk(reference, read_only)
         if device is None:
             if _NUMBER.fullmatch(reference):
                 raise NoSuchDevice(f"no device has the number {reference}")
-            device = await self._open_outside(reference, read_only, directory)
+            device = await self._open_outside(reference, read_only, directory, may_be_absent)
+        if isinstance(device, RemoteDisk) and device.absent and not may_be_absent:
+            raise IoFailed(device.refusal)
         if isinstance(device, MappedDevice) and not device.loaded:
             raise NoSuchDevice(f"{reference} never had a table: there is no disk to stand on yet")
         device.openers += 1
@@ -224,13 +236,15 @@ class Mapper:
             return next((one for one in known if one.number == reference), None)
         return disk
 
-    async def _open_outside(self, reference: str, read_only: bool, directory: str) -> Device:
+    async def _open_outside(self, reference: str, read_only: bool, directory: str, may_be_absent: bool) -> Device:
         """What is opened by URI or path, shared with those who have it open in this mode."""
         if re.match(r"nbds?(\+unix)?:", reference):
             uri = parse_uri(reference)
             return await self._share(
                 str(uri), read_only, REMOTE_MAJOR,
-                lambda number: RemoteDisk.connect(uri, name=reference, number=number, read_only=read_only),
+                lambda number: RemoteDisk.connect(
+                    uri, name=reference, number=number, read_only=read_only, may_be_absent=may_be_absent
+                ),
             )  # fmt: skip
         path = Path(directory, reference)
         try:
@@ -375,9 +389,9 @@ class MapperOpener:
         self._mapper = mapper
         self._directory = directory
 
-    async def open(self, reference: str, read_only: bool) -> Device:
+    async def open(self, reference: str, read_only: bool, *, may_be_absent: bool = False) -> Device:
         """As Opener.open."""
-        return await self._mapper.open(reference, read_only, self._directory)
+        return await self._mapper.open(reference, read_only, self._directory, may_be_absent=may_be_absent)
 
     async def release(self, device: Device) -> None:
         """As Opener.release."""

@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from nbdmap.block.reconnect import Reconnect
 from nbdmap.control.exports import ExportSettings
 from nbdmap.control.luks import LuksDisk, Secret
 from nbdmap.control.mapper import MAJOR, MINORS, check_name
@@ -36,7 +37,7 @@ from nbdmap.luks.keyfile import MAX_KEY_FILE, KeyFile
 from nbdmap.luks.metadata import MAX_SLOTS
 from nbdmap.nbd.uri import Uri, parse_uri
 from nbdmap.targets.crypt.keys import check_key_name
-from nbdmap.units import SECTOR, parse_size
+from nbdmap.units import SECTOR, parse_duration, parse_size
 
 _NUMBER: Final = re.compile(r"(0|[1-9][0-9]{0,9}):(0|[1-9][0-9]{0,9})")
 
@@ -92,6 +93,12 @@ def _size(value: object) -> object:
     if not size or size % SECTOR:
         raise _wrong(f"a size of {size} bytes is not a multiple of {SECTOR}, or 0")
     return size
+
+
+def _duration(value: object) -> object:
+    if type(value) not in (int, str):
+        raise _wrong("should be a duration, such as 5s")
+    return _checked(parse_duration, str(value))
 
 
 def _number(value: object) -> object:
@@ -175,12 +182,19 @@ def _maybe_empty(value: object) -> object:
     return {} if value is None else value
 
 
-def _not_yet(value: object) -> object:
-    raise _wrong("not there yet")
+def _command(value: object) -> object:
+    """The program and its arguments; of text, the shell's."""
+    if isinstance(value, str) and value.strip():
+        return ("/bin/sh", "-c", value)
+    if isinstance(value, list) and value and all(type(word) in (int, str) for word in value):
+        return tuple(str(word) for word in value)
+    raise _wrong("should be a program with its arguments as a list, or a command for the shell as text")
 
 
 Text = Annotated[str, BeforeValidator(_text)]
 FilePath = Annotated[Text, AfterValidator(_path)]
+Duration = Annotated[float, BeforeValidator(_duration)]
+Command = Annotated[tuple[str, ...], BeforeValidator(_command)]
 Size = Annotated[int, BeforeValidator(_size)]
 DeviceNumber = Annotated[str, BeforeValidator(_number)]
 DiskName = Annotated[str, AfterValidator(_disk_name)]
@@ -241,6 +255,11 @@ class NbdEntry(BaseDisk):
     """A disk that is another server's export."""
 
     nbd: Annotated[Uri, BeforeValidator(_uri)]
+    timeout: Duration | None = None
+
+    def reconnect(self) -> Reconnect:
+        """How long requests wait for a server that is away or silent."""
+        return Reconnect(deadline_s=self.timeout, silence_s=self.timeout) if self.timeout else Reconnect()
 
 
 DISK_KINDS: Final[Mapping[str, type[BaseDisk]]] = {"file": FileEntry, "memory": MemoryEntry, "nbd": NbdEntry}
@@ -321,8 +340,14 @@ class DeviceEntry(Keys):
         return ExportSettings(**self.export.model_dump()) if self.export else None
 
 
+class MultipathEntry(Keys):
+    """`multipath`: how often paths are checked; 0 is never."""
+
+    polling_interval: Duration = 5.0
+
+
 class File(Keys):
-    """The whole file. `on_event` belongs to the face, not yet to the program."""
+    """The whole file."""
 
     listen: Annotated[list[Annotated[Uri, AfterValidator(lambda uri: _checked(check_listen, uri)), BeforeValidator(_uri)]],
                       BeforeValidator(_one_or_more)] | None = None  # fmt: skip
@@ -331,4 +356,5 @@ class File(Keys):
     keyring: Annotated[dict[KeyName, FilePath], BeforeValidator(_maybe_empty)] = {}
     disks: Annotated[dict[DiskName, _Disk], BeforeValidator(_maybe_empty)] = {}
     devices: Annotated[dict[DeviceName, DeviceEntry], BeforeValidator(_maybe_empty)] = {}
-    on_event: Annotated[None, BeforeValidator(_not_yet)] = None
+    multipath: MultipathEntry = MultipathEntry()
+    on_event: Command | None = None

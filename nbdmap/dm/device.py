@@ -60,10 +60,10 @@ class MappedDevice(Device):
         self._idle: asyncio.Future[None] | None = None  # set while a suspend waits for the last request in flight
         self._event: asyncio.Future[None] | None = None  # what `wait` waits for
         self._admin = asyncio.Lock()
-        self._kept = ""  # the type of its target, if that is immutable
         self._held = False  # `hold` has the lock, until `let_go`
         self._suspended = False
         self._gone = False  # closed
+        self._uevents = 0  # DM_SEQNUM of the last
 
     # --- the data path ---------------------------------------------------------------------------------------------
 
@@ -157,11 +157,10 @@ class MappedDevice(Device):
                     await table.close()
                     names = " on ".join(one.name for one in [self, *path])
                     raise InvalidArgument(f"the table would make {self.name} stand on itself: {names}")
-            if self._kept and lines[0].type_name not in (self._kept, "error"):
+            kept = next((target.type_name for target in self.targets if target.immutable), "")
+            if kept and lines[0].type_name not in (kept, "error"):
                 await table.close()
-                raise InvalidArgument(f"{self.name} is a {self._kept} and stays one")
-            if table.targets[0].immutable:
-                self._kept = table.targets[0].type_name
+                raise InvalidArgument(f"{self.name} is a {kept} and stays one")
             old, self.inactive = self.inactive, table
             self.loaded = True
             if old is not None:
@@ -278,7 +277,17 @@ class MappedDevice(Device):
             self._release()
         self._sink(self, "change", {})
 
+    def add_ways(self, count: int) -> None:
+        """As Device.add_ways, for what the live table stands on as well."""
+        self.ways += count
+        for device in self.live.devices if self.live else ():
+            device.add_ways(count)
+
     def _swap(self, table: Table) -> None:
+        for device in table.devices:
+            device.add_ways(self.ways)
+        for device in self.live.devices if self.live else ():
+            device.add_ways(-self.ways)
         self.size = table.size
         self.read_only = table.read_only
         self.limits = table.limits
@@ -304,6 +313,7 @@ class MappedDevice(Device):
 
     async def _drop(self) -> None:
         self._gone = True
+        self.add_ways(-self.ways)
         tables = [table for table in (self.inactive, self.live) if table is not None]
         self.inactive = self.live = None
         self.size = 0
@@ -318,10 +328,19 @@ class MappedDevice(Device):
     # --- events ----------------------------------------------------------------------------------------------------
 
     def event(self, keys: Mapping[str, str] | None = None) -> None:
-        """Counts a table event, wakes who waits for one, and sends a change uevent with `keys`."""
+        """Counts a table event, wakes who waits for one, and sends a change uevent with `keys`.
+
+        One with a DM_ACTION gets the device's next DM_SEQNUM, which counts them from 1.
+        """
         self.event_number += 1
         self._wake()
-        self._sink(self, "change", keys or {})
+        numbered: dict[str, str] = {}
+        for key, value in (keys or {}).items():
+            numbered[key] = value
+            if key == "DM_ACTION":
+                self._uevents += 1
+                numbered["DM_SEQNUM"] = str(self._uevents)
+        self._sink(self, "change", numbered)
 
     def _wake(self) -> None:
         waited, self._event = self._event, None

@@ -10,13 +10,13 @@ and device can. Rules and errnos are those of the kernel's dm-table.c.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nbdmap.block.device import Device, Extent, Limits
 from nbdmap.block.io import DISCARD, FLUSH, WRITE_ZEROES, Failed, Io, Pending, run_all, to_the_end
 from nbdmap.dm.args import Args, parse_number, split_words
-from nbdmap.dm.target import Opened, Opener, Owner, Spec, Target, merge_limits
+from nbdmap.dm.target import Opened, Opener, Owner, RaiseEvent, Spec, Target, merge_limits
 from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, Unsupported
 from nbdmap.units import MAX_SIZE, SECTOR, round_up
 
@@ -109,7 +109,7 @@ class Table:
         types: Mapping[str, type[Target]],
         opener: Opener,
         read_only: bool,
-        raise_event: Callable[[], None],
+        raise_event: RaiseEvent,
         owner: Owner | None = None,
     ) -> "Table":
         """Constructs every target of `lines`; `raise_event` is what they call for a table event, `owner` whom it is for.
@@ -124,7 +124,7 @@ class Table:
                 kind = types.get(line.type_name)
                 if kind is None:
                     raise InvalidArgument(f"line {line.number}: unknown target type {line.type_name!r}")
-                if kind.singleton and (len(lines) > 1 or read_only):
+                if kind.singleton and (len(lines) > 1 or (read_only and not kind.read_only_too)):
                     wrong = "must be the only target of a table" if len(lines) > 1 else "needs a table that is not read-only"
                     raise InvalidArgument(f"line {line.number}: {line.type_name} {wrong}")
                 begin, length = line.start_sectors * SECTOR, line.length_sectors * SECTOR

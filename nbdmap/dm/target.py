@@ -27,10 +27,11 @@ class Below(NamedTuple):
 class Opener(Protocol):
     """Finds and opens the devices that tables name."""
 
-    async def open(self, reference: str, read_only: bool) -> Device:
+    async def open(self, reference: str, read_only: bool, *, may_be_absent: bool = False) -> Device:
         """The device that `reference` names (NAME, /dev/mapper/NAME, major:minor, URI or path), one opener more.
 
-        Raises NotFound, AccessRefused or another NbdmapError naming the reference.
+        With `may_be_absent` also one whose server cannot be reached at present. Raises NotFound, AccessRefused or another
+        NbdmapError naming the reference.
         """
         ...
 
@@ -47,13 +48,20 @@ class Opened:
         self._opener = opener
         self._devices: list[Device] = []
 
-    async def open(self, reference: str, *, read_only: bool = False) -> Device:
-        """Opens a device for the life of the table; read-only if that is enough, or in a read-only table."""
-        device = await self._opener.open(reference, read_only or self.read_only)
+    async def open(self, reference: str, *, read_only: bool = False, may_be_absent: bool = False) -> Device:
+        """Opens a device for the life of the table; read-only if that is enough, or in a read-only table. `may_be_absent`: as
+        Opener.open."""
+        device = await self._opener.open(reference, read_only or self.read_only, may_be_absent=may_be_absent)
         if device in self._devices:
             await self._opener.release(device)
         else:
             self._devices.append(device)
+        return device
+
+    async def find(self, reference: str) -> Device:
+        """The device that `reference` names now, to be compared with those that are open."""
+        device = await self._opener.open(reference, self.read_only, may_be_absent=True)
+        await self._opener.release(device)
         return device
 
     async def release(self) -> None:
@@ -79,18 +87,24 @@ class Owner(Protocol):
         ...
 
 
+RaiseEvent = Callable[..., None]
+"""What a target calls to raise a table event: with nothing, or with a mapping of the keys that its uevent has beyond the
+device's own, DM_TARGET and DM_ACTION first."""
+
+
 class Spec:
-    """What a target's constructor is told: its range in bytes, the table's mode, how to open devices, what to call
-    to raise a table event, and the device that the table is for."""
+    """What a target's constructor is told: its range in bytes, the table's mode, how to open and find devices, what
+    to call to raise a table event, and the device that the table is for."""
 
     def __init__(
-        self, begin: int, length: int, opened: "Opened", raise_event: Callable[[], None], owner: Owner | None = None
+        self, begin: int, length: int, opened: "Opened", raise_event: RaiseEvent, owner: Owner | None = None
     ) -> None:
         self.owner = owner
         self.begin = begin
         self.length = length
         self.read_only = opened.read_only
         self.open = opened.open
+        self.find = opened.find
         self.raise_event = raise_event
 
 
@@ -104,8 +118,10 @@ class Target:
     """Whether a flush of the mapped device must reach the devices below this target."""
     singleton: ClassVar[bool] = False
     """Whether it must be the only target of its table, which must not be read-only."""
+    read_only_too: ClassVar[bool] = False
+    """Whether such a table may be read-only all the same."""
     immutable: ClassVar[bool] = False
-    """Whether a device that has it keeps this type: no table of another type, but error, may follow."""
+    """Whether a device keeps this type: while it is live no table of another type, but error, can be loaded."""
     takes_flush: ClassVar[bool] = False
     """Whether that flush comes to `submit`, with the target's begin as offset, instead of going straight to those devices."""
 

@@ -13,6 +13,7 @@ from nbdmap.targets.error import Error
 from nbdmap.targets.flakey import Flakey
 from nbdmap.targets.linear import Linear
 from nbdmap.targets.log_writes import LogWrites
+from nbdmap.targets.multipath import Multipath
 from nbdmap.targets.striped import Striped
 from nbdmap.targets.switch import Switch
 from nbdmap.targets.thin.thin import Thin
@@ -35,6 +36,7 @@ _ALL: Final[tuple[type[Target], ...]] = (
     Ebs,
     ThinPool,
     Thin,
+    Multipath,
 )
 
 TARGETS: Final[Mapping[str, type[Target]]] = MappingProxyType({target.type_name: target for target in _ALL})

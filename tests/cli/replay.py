@@ -100,7 +100,8 @@ class World:
         elif step.kind == "&":
             self._later.append(step.text)
         elif step.kind == "%":
-            self._hold_or_release(*step.words)
+            if step.words[0] in ("hold", "release"):
+                self._hold_or_release(*step.words)
         else:
             answer = self._command(step.text, "".join(f"{line}\n" for line in step.given))
             self.do_meanwhile()

@@ -49,6 +49,8 @@ AS_ON_6_12 = ("target-flakey",)
 EMPTY_MESSAGE = "MAPPER: a message to a device without a table is dropped; Linux 6.1 refuses (EINVAL)"
 SAME_USE = "the metadata snapshot is in another block: nbdmap gives out as many blocks, but not in the same order"
 TRIM = "the trim message of the 2011 document, which Linux never had"
+DOCUMENTS = "without queue_mode bio repeat counts are obeyed and waiting requests counted, as in the kernel's documents"
+EACH_PATH = "each path that fails or comes back is an event; Linux counts those of one message once"
 
 _LINEAR = "dmsetup create d --table '0 8 linear 7:0 0'"
 DIFFERENT = (
@@ -98,6 +100,11 @@ DIFFERENT = (
     Difference("misc", "dmsetup target-version zero", LIKE_6_12),
     Difference("misc", "dmsetup target-version error", LIKE_6_12),
     Difference("misc", "dmsetup stats list", OWN_STATS),
+    Difference("multipath", "dmsetup message rr 0 fail_path 7:99", LIKE_6_12),
+    Difference("multipath", "dmsetup message rr 0 fail_path /dev/none", FILES),
+    Difference("multipath", "dmsetup info -c -o name,events twice", EACH_PATH),
+    Difference("multipath", "dmsetup table request", DOCUMENTS),
+    Difference("multipath", "dmsetup status request", DOCUMENTS),
     Difference("names", "dmsetup mangle 'star*'", MANGLE),
     Difference("names", "dmsetup ls", UNMANGLED, (5,)),
     Difference("names", "dmsetup info -c", UNMANGLED, (2,)),

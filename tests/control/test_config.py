@@ -43,8 +43,14 @@ MISTAKES = [
     ("[" * 40 + "]" * 40, "1:34: more than 32 levels"),
     # the whole
     ("disk: {}", "1:1: disk: unknown key (did you mean 'disks'?)"),
-    ("x-y: {}", "1:1: x-y: unknown key (known: listen, admin, tls, keyring, disks, devices)"),
-    ("on_event: [cmd]", "1:1: on_event: not there yet"),
+    ("x-y: {}", "1:1: x-y: unknown key (known: listen, admin, tls, keyring, disks, devices, multipath, on_event)"),
+    ("on_event: []", "1:1: on_event: should be a program with its arguments as a list, or a command for the shell as text"),
+    ("on_event: {a: b}", "1:1: on_event: should be a program with its arguments as a list, or a command for the shell as text"),
+    ("multipath: {polling_interval: 5}",
+     "1:31: multipath.polling_interval: '5' is not a duration (examples: 200ms, 5s, 2min, 0)"),
+    ("multipath: {interval: 5s}", "1:13: multipath.interval: unknown key (did you mean 'polling_interval'?)"),
+    ("disks: {far: {nbd: 'nbd://h', timeout: soon}}",
+     "1:40: disks.far.timeout: 'soon' is not a duration (examples: 200ms, 5s, 2min, 0)"),
     ("disks: 5", "1:8: disks: should be a mapping"),
     ("devices: [a]", "1:1: devices: should be a mapping"),
     # listen and tls
@@ -223,6 +229,23 @@ def test_nothing_is_said_of_what_is_left_out() -> None:
     assert DEFAULT_LISTEN == "nbd://127.0.0.1:10809"
 
 
+def test_paths_events_and_timeouts() -> None:
+    config = read(
+        "multipath: {polling_interval: 1.5s}\non_event: [/bin/x, 2]\n"
+        "disks: {far: {nbd: 'nbd://h', timeout: 200ms}, near: {nbd: 'nbd://n'}}"
+    )
+    assert config.multipath.polling_interval == 1.5
+    assert config.on_event == ("/bin/x", "2")
+    far, near = config.disks["far"], config.disks["near"]
+    assert isinstance(far, NbdEntry)
+    assert isinstance(near, NbdEntry)
+    assert (far.reconnect().deadline_s, far.reconnect().silence_s) == (0.2, 0.2)
+    assert (near.reconnect().deadline_s, near.reconnect().silence_s) == (10, None)
+    assert read("").multipath.polling_interval == 5
+    assert read("").on_event is None
+    assert read("on_event: echo $DM_NAME").on_event == ("/bin/sh", "-c", "echo $DM_NAME")
+
+
 def test_plain_words_that_are_no_words_elsewhere() -> None:
     config = read("devices:\n  on: {uuid: 12, table: 0 8 zero}\n  1e3: {uuid: 1e3}\n  0x10: {uuid: '0x10'}\n  null: {}")
     assert list(config.devices) == ["on", "1e3", "0x10", "null"]
@@ -282,9 +305,9 @@ def test_the_examples_are_right(file: Path) -> None:
 
 
 def documented() -> list[str]:
-    """The YAML blocks of the document."""
-    blocks = (ROOT / "docs" / "configuration.md").read_text().split("```yaml\n")[1:]
-    return [block.split("```")[0] for block in blocks]
+    """The YAML blocks of the documents."""
+    texts = [(ROOT / "docs" / name).read_text() for name in ("configuration.md", "multipath.md", "events.md")]
+    return [block.split("```")[0] for text in texts for block in text.split("```yaml\n")[1:]]
 
 
 @pytest.mark.parametrize("number", range(len(documented())))

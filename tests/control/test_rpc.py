@@ -234,10 +234,10 @@ async def test_events_are_streamed_after_the_acknowledgement(tmp_path: Path) -> 
         await client.call("remove", name="a")
         events = [await listener.answer() for _ in range(3)]
         assert [event["method"] for event in events] == ["event"] * 3
-        assert [event["params"]["ACTION"] for event in events] == ["change", "add", "remove"]
-        assert events[1]["params"] == {
+        assert [event["params"]["ACTION"] for event in events] == ["add", "change", "remove"]
+        assert events[0]["params"] == {
             "TIMESTAMP": "1.500000", "ACTION": "add", "DEVPATH": "/block/dm-0", "SUBSYSTEM": "block", "DM_NAME": "a",
-            "DM_UUID": "u", "MINOR": "0", "MAJOR": "254", "SEQNUM": "2",
+            "DM_UUID": "u", "MINOR": "0", "MAJOR": "254", "SEQNUM": "1",
         }  # fmt: skip
         listener.writer.close()
         await until(lambda: not made.mapper.events._listeners)

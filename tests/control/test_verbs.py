@@ -365,7 +365,7 @@ async def test_events(rig: Rig) -> None:
         await rig.verbs.remove("b")
         seen = [await first] + [await anext(events) for _ in range(3)]
     assert [(event["DM_NAME"], event["ACTION"]) for event in seen] == [
-        ("a", "change"), ("a", "add"), ("b", "change"), ("b", "remove"),
+        ("a", "add"), ("a", "change"), ("b", "change"), ("b", "remove"),
     ]  # fmt: skip
 
 

@@ -312,7 +312,7 @@ async def test_events_and_wait() -> None:
     device.event({"DM_ACTION": "PATH_FAILED"})
     assert await asyncio.gather(*waiting) == [1, 1]
     assert await device.wait(0) == 1
-    assert sink.seen == [("d", "change", {"DM_ACTION": "PATH_FAILED"})]
+    assert sink.seen == [("d", "change", {"DM_ACTION": "PATH_FAILED", "DM_SEQNUM": "1"})]
     abandoned = asyncio.create_task(device.wait())
     other = asyncio.create_task(device.wait())
     await asyncio.sleep(0)
@@ -442,7 +442,10 @@ async def test_an_immutable_type_stays() -> None:
         with pytest.raises(InvalidArgument, match=complaint):
             await device.load(parse_table(table), opener, read_only)
     await device.load(parse_table("0 8 fixed 7:0 0"), opener, False)
+    await device.resume()
     with pytest.raises(InvalidArgument, match="d is a fixed and stays one"):
         await device.load(parse_table("0 8 zero"), opener, False)
-    await device.load(parse_table("0 8 error"), opener, False)
     await device.load(parse_table("0 8 fixed 7:0 0"), opener, False)
+    await device.load(parse_table("0 8 error"), opener, False)
+    await device.resume()
+    await device.load(parse_table("0 8 zero"), opener, False)  # as in tests/golden/dmsetup/multipath.txt

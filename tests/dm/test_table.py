@@ -230,7 +230,7 @@ async def test_read_only_tables_open_read_only() -> None:
     asked: list[bool] = []
 
     class Opener(FakeOpener):
-        async def open(self, reference: str, read_only: bool) -> FakeDisk:
+        async def open(self, reference: str, read_only: bool, *, may_be_absent: bool = False) -> FakeDisk:
             asked.append(read_only)
             return FakeDisk("7:0")
 

@@ -191,7 +191,7 @@ class Yaml:
 class Closed(Mapper):
     """A mapper whose tables can name nothing that is outside."""
 
-    async def open(self, reference: str, read_only: bool, directory: str) -> Device:
+    async def open(self, reference: str, read_only: bool, directory: str, *, may_be_absent: bool = False) -> Device:
         if self._mapped(reference) is None and reference not in self.disks and not re.fullmatch(r"\d{1,10}:\d{1,10}", reference):
             raise NotFound(f"{reference}: nothing outside is opened here")
         return await super().open(reference, read_only, directory)

@@ -74,7 +74,7 @@ class FakeOpener:
         for device in devices:
             self.devices[device.number] = self.devices[device.name] = device
 
-    async def open(self, reference: str, read_only: bool) -> Device:
+    async def open(self, reference: str, read_only: bool, *, may_be_absent: bool = False) -> Device:
         if reference not in self.devices:
             raise NotFound(f"{reference}: no such device")
         device = self.devices[reference]
@@ -87,7 +87,7 @@ class FakeOpener:
 
 async def build(text: str, *devices: Device, read_only: bool = False, event: Callable[[], None] = lambda: None) -> Table:
     """The table that `text` spells over `devices`."""
-    return await Table.build(parse_table(text), TARGETS, FakeOpener(*devices), read_only, event)
+    return await Table.build(parse_table(text), TARGETS, FakeOpener(*devices), read_only, lambda *keys: event())
 
 
 class Uevents:

@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 
 from nbdmap.block.device import Device
 from nbdmap.block.io import READ, Io
-from nbdmap.block.remote import Reconnect, RemoteDisk
+from nbdmap.block.reconnect import Reconnect
+from nbdmap.block.remote import RemoteDisk
 from nbdmap.nbd.constants import Cmd, Opt
 from tests.support.fake_nbd import FakeServer
 

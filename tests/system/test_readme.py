@@ -27,18 +27,30 @@ def steps(text: str) -> list[tuple[str, str]]:
     return found
 
 
+def files(text: str) -> dict[str, str]:
+    """The YAML files that are shown with their names."""
+    return dict(re.findall(r"^`(\S+\.yaml)`:\n\n```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
 @pytest.mark.system
-@pytest.mark.parametrize("document", ["README.md", "docs/faults.md", "docs/luks.md", "docs/thin.md", "docs/crypt.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "docs/faults.md", "docs/luks.md", "docs/thin.md", "docs/crypt.md", "docs/multipath.md", "docs/events.md"],
+)
 def test_the_tour(document: str, tmp_path: Path) -> None:
     need("nbdinfo", "libnbd-bin")
     need("qemu-io", "qemu-utils")
+    need("nbdkit", "nbdkit")
     wrapper = tmp_path / "nbdmap"
     wrapper.write_text(f'#!/bin/sh\nexec {sys.executable} -m nbdmap "$@"\n')
     wrapper.chmod(0o755)
     need("cryptsetup", "cryptsetup-bin")
     need("thin_check", "thin-provisioning-tools")
-    tour = steps((REPOSITORY / document).read_text())
-    assert len(tour) > 9
+    text = (REPOSITORY / document).read_text()
+    tour = steps(text)
+    assert len(tour) > 5
+    for name, content in files(text).items():
+        (tmp_path / name).write_text(content)
     script = "exec 2>&1\n" + "".join(f"{command}\necho {MARK}\n" for command, _ in tour)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY), "LC_ALL": "C.UTF-8"}
     shell = subprocess.run(

@@ -15,7 +15,8 @@ import pytest
 from nbdmap.block.device import Device
 from nbdmap.block.io import DISCARD, FLUSH, READ, WRITE, Io
 from nbdmap.block.link import tls_context
-from nbdmap.block.remote import Reconnect, RemoteDisk
+from nbdmap.block.reconnect import Reconnect
+from nbdmap.block.remote import RemoteDisk
 from nbdmap.errors import AccessRefused, NbdmapError, NotFound
 from nbdmap.nbd.uri import Uri, parse_uri
 from tests.contract import disk as contract
