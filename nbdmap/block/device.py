@@ -77,5 +77,9 @@ class Device:
         fails soon rather than late, and does not by itself repeat what it had done."""
         self.ways += count
 
+    def restarts(self) -> bool:
+        """Whether what it acknowledged and did not flush may be lost while it is in use: it is a server that may restart."""
+        return False
+
     async def close(self) -> None:
         """Gives back what the device holds. Called once, when nobody has it open."""

@@ -309,6 +309,10 @@ class RemoteDisk(Device):
         self.ways += count
         self._unflushed.keep(self._replay and not self.ways)
 
+    def restarts(self) -> bool:
+        """As Device.restarts."""
+        return True
+
     def _look(self, seen: "Waiting | None", since: float) -> None:
         """Gives the connection up when its oldest request is still that which it was `silence_s` ago."""
         loop, silence_s = asyncio.get_running_loop(), self._policy.silence_s

@@ -283,6 +283,10 @@ class MappedDevice(Device):
         for device in self.live.devices if self.live else ():
             device.add_ways(count)
 
+    def restarts(self) -> bool:
+        """As Device.restarts, of what the live table stands on."""
+        return any(device.restarts() for device in (self.live.devices if self.live else ()))
+
     def _swap(self, table: Table) -> None:
         for device in table.devices:
             device.add_ways(self.ways)

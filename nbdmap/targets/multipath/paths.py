@@ -5,7 +5,7 @@ Invariant: `group.usable` holds exactly the active paths of the group, the one t
 
 from typing import TYPE_CHECKING
 
-from nbdmap.block.device import Device
+from nbdmap.block.device import Device, Limits
 
 if TYPE_CHECKING:
     import asyncio
@@ -17,8 +17,8 @@ class Path:
     """One way: a device, whether it is used, and what selectors go by."""
 
     __slots__ = (
-        "active", "asked_at", "by_hand", "device", "failures", "group", "history", "in_flight", "in_flight_bytes", "probe",
-        "reference", "repeat", "throughput", "unfit",
+        "active", "asked_at", "by_hand", "device", "failures", "group", "history", "in_flight", "in_flight_bytes", "lost",
+        "probe", "reference", "repeat", "throughput", "unfit",
     )  # fmt: skip
 
     def __init__(self, device: Device, reference: str, group: "Group") -> None:
@@ -30,6 +30,8 @@ class Path:
         self.by_hand = False
         """Failed by a message: only a message reinstates it."""
         self.failures = 0
+        self.lost = False
+        """Whether it has failed since everything was flushed."""
         self.in_flight = 0
         """Requests that are under way."""
         self.in_flight_bytes = 0
@@ -83,3 +85,16 @@ class Group:
         usable.remove(path)
         usable.append(path)
         return path
+
+
+def why_unfit(device: Device, size: int, wanted: Limits, read_only: bool) -> str:
+    """Why a device that was away when the table was loaded cannot be a path of `size` bytes, "" if it can."""
+    if device.size < size:
+        return f"has {device.size} bytes, {size} are needed"
+    if device.read_only and not read_only:
+        return "is read-only"
+    if device.limits.logical_block > wanted.logical_block:
+        return f"takes blocks of {device.limits.logical_block} bytes, not of {wanted.logical_block}"
+    if missing := [name for name in ("discard", "zero", "cache") if getattr(wanted, name) > getattr(device.limits, name)]:
+        return f"cannot do {', '.join(missing)}"
+    return ""

@@ -7,6 +7,8 @@ Which way, which errors and which states: Linux's dm-mpath.c (6.12) in bio mode,
 - Without a usable path requests fail with EIO, or with queue_if_no_path wait: until a path is reinstated, until
   fail_if_no_path, or until the device is suspended, which fails them; a suspend without a flush keeps them for the next table.
 
+What servers have not flushed is kept for the case that all of them restart: see memory.py.
+
 Invariants: `_valid` counts the active paths of all groups; a request is counted on exactly one path, from when it is sent
 there until it has ended there. It is taken for granted that all paths lead to the same storage: what is acknowledged on one
 can be read, and is made durable by a flush, on every other.
@@ -24,7 +26,8 @@ from nbdmap.dm.args import Args, parse_number
 from nbdmap.dm.target import Below, Spec, Target, merge_limits
 from nbdmap.errors import Busy, InvalidArgument, IoFailed, NbdmapError, NoSuchDevice, Requeue
 from nbdmap.targets.multipath.grammar import Features, read_features, read_groups
-from nbdmap.targets.multipath.paths import Group, Path
+from nbdmap.targets.multipath.memory import Memory
+from nbdmap.targets.multipath.paths import Group, Path, why_unfit
 
 CALLERS: Final = frozenset(
     (errno.EOPNOTSUPP, errno.ENOSPC, errno.EREMOTEIO, errno.EBADE, errno.ENODATA, errno.EILSEQ, errno.EINVAL, errno.EOVERFLOW)
@@ -66,6 +69,11 @@ class Multipath(Target):
         self._pushing_back = False  # what would wait goes back to the device, for the next table
         self._waiting = 0  # requests that wait for a path
         self._path_back: asyncio.Future[None] | None = None  # what they wait for
+        self._memory = Memory(any(path.device.restarts() for path in self._paths))
+        self._repeating: asyncio.Task[None] | None = None
+        self._in_flight = 0  # requests on all paths
+        self._quiet: asyncio.Future[None] | None = None  # what `_repeating` waits for
+        self._flushing = asyncio.Lock()
         self._spec = spec
         self._limits = merge_limits([path.device.limits for path in self._paths if not path.device.absent])
         for path in self._paths:
@@ -86,45 +94,55 @@ class Multipath(Target):
         if path is None:
             return self._follow(io, offset - self.begin, None, DONE)
         began_ns = time.monotonic_ns() if path.group.selector.timed else 0
+        mark = self._memory.mark()
         pending = path.device.submit(io, offset - self.begin)
-        if pending is DONE:
+        if pending is DONE and not self._memory.keep:
             if began_ns:
                 path.group.selector.ended(path, began_ns)
             return DONE
-        path.in_flight += 1
-        path.in_flight_bytes += io.length
-        return self._follow(io, offset - self.begin, path, pending, began_ns)
+        self._count(path, io, 1)
+        return self._follow(io, offset - self.begin, path, pending, began_ns, mark)
 
-    async def _follow(self, io: Io, offset: int, path: Path | None, pending: Pending, began_ns: int = 0) -> None:
+    async def _follow(
+        self, io: Io, offset: int, path: Path | None, pending: Pending, began_ns: int = 0, mark: int = 0
+    ) -> None:
         """Awaits a request that was sent by `path`, or found none; sends it again as long as paths fail."""
         trouble = ""
         while True:
             if path is not None:
                 try:
                     await pending
-                    return
+                    break
                 except NbdmapError as error:
                     if error.errno in CALLERS:
                         raise
                     trouble = error.message
                 finally:
-                    path.in_flight -= 1
-                    path.in_flight_bytes -= io.length
+                    self._count(path, io, -1)
                     if began_ns:
                         path.group.selector.ended(path, began_ns)
                 self._fail(path, trouble)
             while (path := self._choose(io.length)) is None:
                 await self._wait_for_path(trouble)
-            path.in_flight += 1
-            path.in_flight_bytes += io.length
+            self._count(path, io, 1)
             began_ns = time.monotonic_ns() if path.group.selector.timed else 0
+            mark = self._memory.mark()
             pending = path.device.submit(io, offset)
+        if self._memory.keep:
+            await self._remember(io, offset, mark)
+
+    def _count(self, path: Path, io: Io, one: int) -> None:
+        path.in_flight += one
+        path.in_flight_bytes += one * io.length
+        self._in_flight += one
+        if not self._in_flight and self._quiet is not None and not self._quiet.done():
+            self._quiet.set_result(None)
 
     async def _wait_for_path(self, trouble: str) -> None:
         """Ends when it is worth while to choose again. Raises IoFailed (EIO), or Requeue, when nothing is waited for."""
         if self._pushing_back:
             raise Requeue("suspended without a flush")
-        if not self._queueing:
+        if not self._queueing and not self._valid:
             raise IoFailed(f"multipath: no usable path{trouble and ': '}{trouble}")
         if self._path_back is None:
             self._path_back = asyncio.get_running_loop().create_future()
@@ -141,7 +159,9 @@ class Multipath(Target):
             waited.set_result(None)
 
     def _choose(self, size: int) -> Path | None:
-        """The path for a request of `size` bytes."""
+        """The path for a request of `size` bytes; none while what the storage may have forgotten is written again."""
+        if self._memory.at_risk and self._valid:
+            return None
         if self._left and self._path is not None:
             self._left -= 1
             return self._path
@@ -177,6 +197,47 @@ class Multipath(Target):
                     self._fail(path, error.message)
         return [(length, 0)]
 
+    # --- what the storage may forget -----------------------------------------------------------------------------------
+
+    async def _remember(self, io: Io, offset: int, mark: int) -> None:
+        """Takes note of what was acknowledged. Raises IoFailed for a flush after something was lost."""
+        memory = self._memory
+        memory.done(io, offset, mark, self._paths)
+        if io.op is FLUSH and memory.forgotten:
+            memory.forgotten = False
+            raise IoFailed("multipath: the storage forgot writes that it had acknowledged, and would not take them again")
+        if memory.full:
+            async with self._flushing:
+                if memory.full:
+                    await self.submit(Io(FLUSH, 0), self.begin)
+
+    async def _repeat(self) -> None:
+        """Writes again what the storage may have forgotten, while nothing else is under way."""
+        memory = self._memory
+        while memory.at_risk and self._valid:
+            while self._in_flight:
+                self._quiet = asyncio.get_running_loop().create_future()
+                await self._quiet
+            path = next(path for group in self._groups for path in group.usable) if self._valid else None
+            if path is None:
+                return
+            try:
+                await memory.repeat(path)
+            except NbdmapError as error:
+                if error.errno not in CALLERS:
+                    self._fail(path, error.message)
+                    continue
+                memory.forgotten = True
+                _log.error("multipath: what the storage forgot cannot be written again: %s", error.message)
+            memory.at_risk = False
+            for one in self._paths:
+                one.lost = not one.active
+            self._drive()
+
+    def _begin_repeat(self) -> None:
+        if self._memory.at_risk and self._valid and (self._repeating is None or self._repeating.done()):
+            self._repeating = asyncio.get_running_loop().create_task(self._repeat())
+
     # --- paths that fail and come back ---------------------------------------------------------------------------------
 
     def _fail(self, path: Path, why: str) -> None:
@@ -190,6 +251,11 @@ class Multipath(Target):
             self._path = None
         _log.warning("multipath: path %s (%s) failed, %d left: %s", path.device.number, path.device.name, self._valid, why)
         self._tell("PATH_FAILED", path)
+        path.lost = True
+        self._memory.path_lost(self._paths)
+        self._begin_repeat()
+        if not self._valid:
+            self._drive()
 
     def _reinstate(self, path: Path) -> None:
         if path.active:
@@ -202,6 +268,7 @@ class Multipath(Target):
         self._tell("PATH_REINSTATED", path)
         if self._valid == 1:
             self._path = None
+            self._begin_repeat()
             self._drive()
 
     def _tell(self, action: str, path: Path) -> None:
@@ -236,25 +303,12 @@ class Multipath(Target):
                 return
         if path.active or path.by_hand or self._suspended:
             return
-        unfit = self._unfit(path)
+        unfit = why_unfit(path.device, self.length, self._limits, self._spec.read_only)
         if not unfit:
             self._reinstate(path)
         elif unfit != path.unfit:
             _log.warning("multipath: path %s (%s) is back, but %s", path.device.number, path.device.name, unfit)
         path.unfit = unfit
-
-    def _unfit(self, path: Path) -> str:
-        """Why a device that was away when the table was loaded cannot be a path, "" if it can."""
-        device, wanted = path.device, self._limits
-        if device.size < self.length:
-            return f"has {device.size} bytes, {self.length} are needed"
-        if device.read_only and not self._spec.read_only:
-            return "is read-only"
-        if device.limits.logical_block > wanted.logical_block:
-            return f"takes blocks of {device.limits.logical_block} bytes, not of {wanted.logical_block}"
-        if missing := [name for name in ("discard", "zero", "cache") if getattr(wanted, name) > getattr(device.limits, name)]:
-            return f"cannot do {', '.join(missing)}"
-        return ""
 
     # --- tables and status ---------------------------------------------------------------------------------------------
 
@@ -383,9 +437,9 @@ class Multipath(Target):
 
     async def close(self) -> None:
         """Ends the checks; the devices repeat lost writes themselves again."""
-        probes = [path.probe for path in self._paths if path.probe is not None]
-        for probe in probes:
-            probe.cancel()
-        await asyncio.gather(*probes, return_exceptions=True)
+        tasks = [task for task in (self._repeating, *(path.probe for path in self._paths)) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for path in self._paths:
             path.device.add_ways(-1)

@@ -545,3 +545,177 @@ async def test_table_reads_back_as_itself() -> None:
         assert second.table_lines()[0].params == line
         for table in (first, second):
             await table.close()
+
+
+# --- storage that restarts -------------------------------------------------------------------------------------------------
+
+
+class Storage:
+    """Storage behind two servers, with a cache that a restart empties."""
+
+    def __init__(self) -> None:
+        self.cached = bytearray(SECTORS * 512)
+        self.durable = bytes(self.cached)
+        self.disks = [ServerDisk(f"8:{16 * number}", SECTORS, storage=self) for number in range(2)]
+
+    def restart(self) -> None:
+        """The power fails: no path works, and the cache is lost."""
+        self.cached[:] = self.durable
+        for disk in self.disks:
+            disk.failure = eio
+
+
+class ServerDisk(FakeDisk):
+    """A server of such storage."""
+
+    def __init__(self, number: str, sectors: int, *, storage: Storage) -> None:
+        super().__init__(number, sectors)
+        self.storage = storage
+        self.bytes = storage.cached
+
+    def restarts(self) -> bool:
+        return True
+
+    async def submit(self, io: Io, offset: int) -> None:
+        await super().submit(io, offset)
+        if io.op is FLUSH or io.flags & FUA:
+            self.storage.durable = bytes(self.storage.cached)
+
+    def back(self) -> None:
+        self.failure = lambda io, offset: None
+
+
+async def test_what_the_storage_forgot_is_written_again_in_order() -> None:
+    storage = Storage()
+    made = await ways(TWO, features="1 queue_if_no_path", disks=list(storage.disks))
+    await write(made.device, 0, b"1" * 1024)
+    await made.device.submit(Io(FLUSH, 0), 0)
+    await write(made.device, 0, b"2" * 512)
+    await write(made.device, 256 * 2, b"3" * 512)
+    await write(made.device, 0, b"4" * 512)
+    await made.device.submit(Io(WRITE_ZEROES, 512), 1024)
+    seen = bytes(storage.cached)
+    storage.restart()
+    assert storage.cached != seen
+    reading, writing = begin(read(made.device, 0, 512)), begin(write(made.device, 2048, b"5" * 512))  # type: ignore[arg-type]
+    await turns()
+    for disk in storage.disks:
+        disk.log.clear()
+    storage.disks[1].back()
+    await made.checked()
+    assert await reading == b"4" * 512  # type: ignore[func-returns-value]
+    await writing
+    assert storage.cached[:2048] == seen[:2048]
+    assert [(entry[0], entry[1]) for entry in storage.disks[1].log if entry[2:] != (512, 0) or entry[0] != "read"] == [
+        ("write", 0), ("write", 512), ("write", 0), ("write_zeroes", 1024), ("write", 2048),
+    ]  # fmt: skip
+    await made.device.submit(Io(FLUSH, 0), 0)
+    storage.restart()
+    storage.disks[0].back()
+    storage.disks[0].log.clear()
+    request = begin(write(made.device, 0, b"6" * 512))
+    await turns()
+    await made.checked()
+    await made.checked()
+    await request
+    assert [entry[0] for entry in storage.disks[0].log if entry[0] != "read"] == ["write"]  # all had been flushed
+
+
+async def test_nothing_is_repeated_while_a_path_holds() -> None:
+    storage = Storage()
+    made = await ways(TWO, disks=list(storage.disks))
+    await write(made.device, 0, b"1" * 512)
+    storage.disks[1].failure = eio
+    for number in range(4):
+        await write(made.device, 512 * number, b"2" * 512)
+    assert len(storage.disks[0].log) + len(storage.disks[1].log) == 6  # one of the four was tried twice
+
+
+async def test_paths_that_are_lost_one_after_the_other_count_as_well() -> None:
+    """By the time that the second is seen to be dead the first may be back: the storage has restarted in between."""
+    storage = Storage()
+    made = await ways(TWO, disks=list(storage.disks))
+    await write(made.device, 0, b"1" * 512)
+    await write(made.device, 512, b"2" * 512)
+    seen = bytes(storage.cached)
+    storage.restart()
+    storage.disks[0].back()
+    await made.say("fail_path", "8:0")
+    await made.say("reinstate_path", "8:0")
+    await made.checked()  # finds 8:16 dead
+    assert await read(made.device, 0, 1024) == seen[:1024]
+    assert storage.cached == seen
+
+
+async def test_repeating_waits_for_what_is_under_way_and_goes_on_by_another_path() -> None:
+    storage = Storage()
+    made = await ways(TWO, features="1 queue_if_no_path", disks=list(storage.disks))
+    for number in range(3):
+        await write(made.device, 512 * number, bytes([number + 1]) * 512)
+    seen = bytes(storage.cached)
+    hung = storage.disks[1].gate = asyncio.Event()
+    slow = begin(read(made.device, 0, 512))  # type: ignore[arg-type]
+    await turns()
+    storage.restart()
+    await made.say("fail_path", "8:16")
+    waiting = begin(write(made.device, 0, b"9" * 512))
+    await turns()  # by 8:0, which fails
+    storage.disks[0].back()
+    await made.say("reinstate_path", "8:0")
+    await turns()
+    assert not waiting.done()  # a request is still with 8:16
+    broken = iter([None, IoFailed("again")])
+    storage.disks[0].failure = lambda io, offset: next(broken, None) if io.op is WRITE else None
+    hung.set()
+    storage.disks[1].back()
+    await turns()
+    await made.say("reinstate_path", "8:0")
+    await waiting
+    await slow
+    assert storage.cached[512:] == seen[512:]
+    assert storage.cached[:512] == b"9" * 512
+
+
+async def test_what_cannot_be_written_again_is_told_by_the_next_flush() -> None:
+    storage = Storage()
+    made = await ways("1 1 round-robin 0 1 0 8:0", features="1 queue_if_no_path", disks=[storage.disks[0]])
+    await write(made.device, 0, b"1" * 512)
+    storage.restart()
+    waiting = begin(write(made.device, 512, b"2" * 512))
+    await turns()
+    storage.disks[0].failure = lambda io, offset: IoFailed("full", errno.ENOSPC) if (io.op, offset) == (WRITE, 0) else None
+    await made.checked()
+    await waiting
+    with pytest.raises(IoFailed, match="forgot writes"):
+        await made.device.submit(Io(FLUSH, 0), 0)
+    await made.device.submit(Io(FLUSH, 0), 0)
+
+
+async def test_what_is_kept_is_limited_by_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nbdmap.targets.multipath.memory.MAX_SIZE", 4096)
+    storage = Storage()
+    made = await ways(TWO, disks=list(storage.disks))
+    await asyncio.gather(*(write(made.device, 512 * number, b"x" * 512) for number in range(16)))
+    flushes = [entry for disk in storage.disks for entry in disk.log if entry[0] == "flush"]
+    assert 1 <= len(flushes) <= 4
+    target = made.target
+    assert isinstance(target, Multipath)
+    assert not target._memory.full
+
+
+async def test_a_flush_does_not_cover_what_was_acknowledged_while_it_was_under_way() -> None:
+    storage = Storage()
+    made = await ways(TWO, disks=list(storage.disks))
+    gate = storage.disks[0].gate = asyncio.Event()
+    flushing = begin(made.device.submit(Io(FLUSH, 0), 0))
+    await turns()
+    await write(made.device, 0, b"1" * 512)  # by 8:16
+    await made.say("fail_path", "8:16")
+    await made.say("reinstate_path", "8:16")
+    gate.set()
+    await flushing
+    storage.durable = bytes(SECTORS * 512)  # it had begun before the write
+    storage.restart()
+    storage.disks[1].back()
+    await made.checked()  # finds 8:0 dead: both were lost since the write
+    assert await read(made.device, 0, 512) == b"1" * 512
