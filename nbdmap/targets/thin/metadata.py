@@ -224,7 +224,7 @@ class Metadata:
         added = 0
 
         async def step(tree: Btree[int]) -> int:
-            return sum([await tree.insert_part(block, value) for block, value in part])
+            return await tree.insert_all_part(part)
 
         for start in range(0, len(items), BATCH):
             part = items[start : start + BATCH]
