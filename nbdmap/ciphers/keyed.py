@@ -11,7 +11,7 @@ from nbdmap.ciphers.arrays import Bytes, Key, Words
 from nbdmap.ciphers.blocks import BLOCK_SIZES, check_key_size, make_block, mode_block_size
 from nbdmap.ciphers.ivs import Ivs, make_ivs
 from nbdmap.ciphers.libgcrypt import GcryptMode
-from nbdmap.ciphers.modes import BySize, Cbc, Ctr, Ecb, Lrw, Mode, Xts
+from nbdmap.ciphers.modes import BySize, Cbc, Ctr, Ecb, Lrw, Mode, Scratch, Xts
 from nbdmap.ciphers.spec import CipherSpec
 from nbdmap.errors import InvalidArgument, NotFound
 from nbdmap.units import SECTOR
@@ -53,7 +53,8 @@ def make_keyed(spec: CipherSpec, key: Key, sector_size: int) -> list[Keyed]:
     extra = vintage.extra_key_size(spec, len(key), iv_size)
     size = (len(key) - extra) // spec.key_count
     keys = [key[number * size : number * size + size] for number in range(spec.key_count)]
-    modes = [make_mode(spec, one, sector_size) for one in keys]
+    scratch = Scratch(sector_size)
+    modes = [make_mode(spec, one, scratch) for one in keys]
     own = key[len(key) - extra :]
     if spec.iv_mode == "lmk":
         return [vintage.Lmk(mode, own, sector_size) for mode in modes]
@@ -62,7 +63,7 @@ def make_keyed(spec: CipherSpec, key: Key, sector_size: int) -> list[Keyed]:
     if spec.iv_mode in ("eboiv", "elephant"):
         if iv_size != mode_block_size(spec):
             raise InvalidArgument(f"cipher {spec.text!r}: {spec.iv_mode} needs IVs of the cipher's block size")
-        ivs = vintage.eboiv(make_mode(spec, keys[0], iv_size), sector_size)  # the first key's, for all
+        ivs = vintage.eboiv(make_mode(spec, keys[0], Scratch(iv_size)), sector_size)  # the first key's, for all
         if spec.iv_mode == "elephant":
             return [vintage.Elephant(mode, ivs, make_block("aes", own), sector_size) for mode in modes]
         return [Numbered(mode, ivs) for mode in modes]
@@ -76,34 +77,34 @@ def _iv_size(spec: CipherSpec) -> int:
     return 0 if spec.chain_mode == "ecb" else BLOCK_SIZES[spec.cipher]
 
 
-def make_mode(spec: CipherSpec, key: Key, sector_size: int) -> Mode:
+def make_mode(spec: CipherSpec, key: Key, scratch: Scratch) -> Mode:
     """The chaining mode of `spec` over its cipher with `key`."""
     cipher, kind = spec.cipher, spec.chain_mode
     there_is_not = NotFound(f"cipher {spec.text!r}: there is no mode {kind}({cipher})")
     if kind in ("xts", "lrw") and BLOCK_SIZES[cipher] != 16:
         raise there_is_not
     if kind == "ecb":
-        return Ecb(make_block(cipher, key), sector_size)
+        return Ecb(make_block(cipher, key), scratch)
     if kind == "lrw":
-        return Lrw(make_block(cipher, key[:-_LRW_KEY]), key[-_LRW_KEY:], sector_size)
+        return Lrw(make_block(cipher, key[:-_LRW_KEY]), key[-_LRW_KEY:], scratch)
     if kind == "xts" and len(key) % 2:
         raise InvalidArgument(f"cipher {spec.text!r}: an xts key is two keys, and {len(key)} bytes are odd")
     check_key_size(cipher, len(key) // 2 if kind == "xts" else len(key))
     if cipher == "cipher_null" and kind == "cbc":
-        return Cbc(make_block(cipher, key), sector_size)
+        return Cbc(make_block(cipher, key), scratch)
     if cipher not in ("aes", "cipher_null"):
         if kind in ("cbc", "ctr", "xts"):
             return GcryptMode(cipher, kind, key)
         raise there_is_not
     if kind == "ctr":
-        return Ctr(make_block(cipher, key), sector_size)
+        return Ctr(make_block(cipher, key), scratch)
     if kind == "cbc":
-        cbc = Cbc(make_block(cipher, key), sector_size)
-        return _quickest(kind, key, cbc, *few_sectors(spec, sector_size))
+        cbc = Cbc(make_block(cipher, key), scratch)
+        return _quickest(kind, key, cbc, *few_sectors(spec, scratch.sector_size))
     if kind == "xts":
         half = len(key) // 2
-        xts = Xts(make_block(cipher, key[:half]), make_block(cipher, key[half:]), sector_size)
-        return _quickest(kind, key, xts, *few_sectors(spec, sector_size))
+        xts = Xts(make_block(cipher, key[:half]), make_block(cipher, key[half:]), scratch)
+        return _quickest(kind, key, xts, *few_sectors(spec, scratch.sector_size))
     raise there_is_not
 
 

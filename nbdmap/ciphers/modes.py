@@ -6,6 +6,7 @@ passes over the whole. XTS is IEEE 1619: its tweaks, T times x^j for the j-th bl
 closed form (x^128 = x^7 + x^2 + x + 1, so a shift by up to 57 bits needs only one reduction).
 """
 
+from functools import cached_property
 from typing import Final, Protocol
 
 import numpy as np
@@ -40,9 +41,10 @@ class Mode(Protocol):
 
 
 class Scratch:
-    """Working memory of a mode for up to PIECE bytes, with what `Block` wants behind it."""
+    """Working memory of modes for up to PIECE bytes of sectors of one size; those that never work at once may share it."""
 
     def __init__(self, sector_size: int) -> None:
+        self.sector_size = sector_size
         self._all = np.zeros(max(PIECE, sector_size) + SPARE, np.uint8)
 
     def rows(self, count: int, width: int) -> Bytes:
@@ -53,15 +55,34 @@ class Scratch:
         """The first `count` bytes and SPARE more, as a target for Block."""
         return self._all[: count + SPARE]
 
+    @cached_property
+    def xts(self) -> "XtsScratch":
+        """What Xts needs besides."""
+        return XtsScratch(self.sector_size)
+
+
+class XtsScratch:
+    """The arrays of Xts: tweaks of all blocks, their parts, those of each group's first block, those of each sector's."""
+
+    def __init__(self, sector_size: int) -> None:
+        blocks = sector_size // 16
+        self.group = min(blocks, _GROUP)
+        self.groups = blocks // self.group
+        rows = max(PIECE // sector_size, 1)
+        self.tweaks = np.empty((rows * self.groups, self.group, 2), np.uint64)
+        self.work = np.empty((3, rows * self.groups * self.group), np.uint64)
+        self.heads = np.empty((rows, self.groups, 2), np.uint64)
+        self.first = np.empty(rows * 16 + SPARE, np.uint8)
+
 
 class Ecb:
     """Every block by itself."""
 
     iv_size = 0
 
-    def __init__(self, block: Block, sector_size: int) -> None:
+    def __init__(self, block: Block, scratch: Scratch) -> None:
         self._block = block
-        self._scratch = Scratch(sector_size)
+        self._scratch = scratch
 
     def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         self._block.encrypt(source, self._scratch.behind(source.size))
@@ -75,10 +96,10 @@ class Ecb:
 class Cbc:
     """Each block is XORed with the one before it: decrypted all at once, encrypted in lock step over the sectors."""
 
-    def __init__(self, block: Block, sector_size: int) -> None:
+    def __init__(self, block: Block, scratch: Scratch) -> None:
         self.iv_size = block.size
         self._block = block
-        self._scratch = Scratch(sector_size)
+        self._scratch = scratch
 
     def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         size, count = self._block.size, len(source)
@@ -104,18 +125,10 @@ class Xts:
 
     iv_size = 16
 
-    def __init__(self, data: Block, tweak: Block, sector_size: int) -> None:
+    def __init__(self, data: Block, tweak: Block, scratch: Scratch) -> None:
         self._data = data
         self._tweak = tweak
-        blocks = sector_size // 16
-        self._group = min(blocks, _GROUP)
-        self._groups = blocks // self._group
-        self._scratch = Scratch(sector_size)
-        rows = max(PIECE // sector_size, 1)
-        self._tweaks = np.empty((rows * self._groups, self._group, 2), np.uint64)
-        self._work = np.empty((3, rows * self._groups * self._group), np.uint64)
-        self._heads = np.empty((rows, self._groups, 2), np.uint64)
-        self._first = np.empty(rows * 16 + SPARE, np.uint8)
+        self._scratch = scratch
 
     def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         tweaks, mixed = self._mix(ivs, source)
@@ -129,27 +142,29 @@ class Xts:
 
     def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
         count = len(source)
-        self._tweak.encrypt(ivs, self._first)
-        tweaks = self._expand(self._first[: count * 16].view(np.uint64).reshape(count, 2)).reshape(count, -1)
+        room = self._scratch.xts.first
+        self._tweak.encrypt(ivs, room)
+        tweaks = self._expand(room[: count * 16].view(np.uint64).reshape(count, 2)).reshape(count, -1)
         mixed = self._scratch.rows(*source.shape)
         np.bitwise_xor(words(source), tweaks, out=words(mixed))
         return tweaks, mixed
 
     def _expand(self, first: Words) -> Words:
         """The tweaks of every block, from the first of each sector."""
-        if self._groups > 1:
-            heads = self._heads[: len(first)]
+        room = self._scratch.xts
+        if room.groups > 1:
+            heads = room.heads[: len(first)]
             heads[:, 0] = first
-            for number in range(1, self._groups):
+            for number in range(1, room.groups):
                 low, high = heads[:, number - 1, 0], heads[:, number - 1, 1]
                 carry = high >> _32
                 heads[:, number, 0] = low << _32 ^ carry ^ carry << _ONE ^ carry << _TWO ^ carry << _SEVEN
                 heads[:, number, 1] = high << _32 | low >> _32
             first = heads.reshape(-1, 2)
-        count = len(first)
+        count, group = len(first), room.group
         low, high = np.ascontiguousarray(first.T)  # the lanes are the sectors: the inner loops are long, and shift by one number
-        left, right = _LEFT[: self._group], _RIGHT[: self._group]
-        lows, highs, carry = (one[: self._group * count].reshape(self._group, count) for one in self._work)
+        left, right = _LEFT[:group], _RIGHT[:group]
+        lows, highs, carry = (one[: group * count].reshape(group, count) for one in room.work)
         np.right_shift(low, right, out=carry)
         np.left_shift(high, left, out=highs)
         highs |= carry
@@ -162,7 +177,7 @@ class Xts:
         lows ^= carry
         carry <<= _FIVE
         lows ^= carry
-        tweaks = self._tweaks[:count]
+        tweaks = room.tweaks[:count]
         tweaks[:, :, 0] = lows.T
         tweaks[:, :, 1] = highs.T
         return tweaks
@@ -189,11 +204,11 @@ class BySize:
 class Ctr:
     """The IV is a big-endian counter; its encrypted values are XORed with the data."""
 
-    def __init__(self, block: Block, sector_size: int) -> None:
+    def __init__(self, block: Block, scratch: Scratch) -> None:
         self.iv_size = block.size
         self._block = block
-        self._count = np.arange(sector_size // block.size, dtype=np.uint64)
-        self._scratch = Scratch(sector_size)
+        self._count = np.arange(scratch.sector_size // block.size, dtype=np.uint64)
+        self._scratch = scratch
 
     def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         first = words(ivs).byteswap()
@@ -218,11 +233,11 @@ class Lrw:
 
     iv_size = 16
 
-    def __init__(self, block: Block, key: Key, sector_size: int) -> None:
+    def __init__(self, block: Block, key: Key, scratch: Scratch) -> None:
         self._block = block
-        self._count = np.arange(sector_size // 16, dtype=np.uint64)
+        self._count = np.arange(scratch.sector_size // 16, dtype=np.uint64)
         self._tables = _products(key)
-        self._scratch = Scratch(sector_size)
+        self._scratch = scratch
 
     def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         tweaks, mixed = self._mix(ivs, source)

@@ -60,6 +60,17 @@ class Stacked(Tables):
     }
 
 
+class Crypted(Tables):
+    """Two ciphers, one after the other: a sector holds the plaintext of one write, whole, and never that of two."""
+
+    name = "crypt"
+    sectors = (30, 26)
+    tables: ClassVar = {
+        "secret": f"0 24 crypt aes-xts-plain64 {bytes(range(64)).hex()} 7 7:0 4\n"
+        f"24 24 crypt aes-cbc-essiv:sha256 {bytes(range(32)).hex()} 0 7:1 1",
+    }
+
+
 class LinearFiles(Linear):
     """As Linear, over FileDisks."""
 
@@ -108,6 +119,7 @@ _ALL: Final[tuple[type[Scenario], ...]] = (
     Linear,
     Striped,
     Stacked,
+    Crypted,
     LinearFiles,
     StripedFiles,
     StackedFiles,

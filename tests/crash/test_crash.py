@@ -15,6 +15,7 @@ SEEDS = {
     "linear": 8,
     "striped": 8,
     "stacked": 4,
+    "crypt": 8,
     "linear-files": 20,
     "striped-files": 20,
     "stacked-files": 6,

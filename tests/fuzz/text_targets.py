@@ -68,6 +68,9 @@ class Tables:
         _line("0", "1024", "striped", "2", "16", "7:0", "0", "7:1", "0"),
         _line("0", "96", "striped", "3", "8", "7:0", "0", "7:1", "0", "7:0", "512") + _line("96", "8", "error"),
         [*_line("0", "64", "error", "7:1", "8"), *_line("64", "64", "zero"), b"message", b"70 a b\\ c"],
+        _line("0", "64", "crypt", "aes-cbc-essiv:sha256", "babe" * 8, "0", "7:0", "0", "1", "allow_discards"),
+        _line("0", "64", "crypt", "aes-xts-plain64", ":64:logon:home", "8", "7:0", "0", "1", "sector_size:4096"),
+        [*_line("0", "64", "crypt", "aes", "00" * 16, "0", "7:0", "0"), b"message", b"0 key set", b"11" * 16],
         _line("#", "comment") + _line("0", "8", "zero"), _line("0", "1024", "linear", r"disk\7:0", "0"),
     ]  # fmt: skip
 
