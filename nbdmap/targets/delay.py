@@ -176,9 +176,9 @@ class Delay(Target):
         return [Below(leg.device, leg.start, self.length) for leg in self._legs[: self._given]]
 
     def limits(self) -> Limits:
-        """What all devices can, but no write-zeroes, as in the kernel."""
+        """What all devices can. (The kernel offers no write-zeroes, and writes zeroes instead.)"""
         below = merge_limits([leg.device.limits for leg in self._legs])
-        return replace(below, zero=False, fast_zero=False, sparse=below.sparse and not self._reads.delay_ms)
+        return replace(below, sparse=below.sparse and not self._reads.delay_ms)
 
     def table(self) -> str:
         """`<major:minor> <start> <delay ms>`, as often as given."""

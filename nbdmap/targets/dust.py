@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import ClassVar, Final, Self
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import CACHE, DISCARD, READ, WRITE, Failed, Io, Pending, run_all
+from nbdmap.block.io import CACHE, DISCARD, READ, Failed, Io, Pending, run_all
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import InvalidArgument, IoFailed
@@ -95,7 +95,7 @@ class Dust(Target):
         failing = [piece for piece in pieces if self._write_fails(piece[0])]
         if not failing:
             return self._device.submit(io, offset + self._shift)
-        if io.op is not WRITE:
+        if io.op is DISCARD:
             return Failed(self._failure(io, failing[0][0]))
         requests: list[Pending] = []
         done = 0
@@ -133,8 +133,8 @@ class Dust(Target):
         return [Below(self._device, self._start, self.length)]
 
     def limits(self) -> Limits:
-        """What the device can, but no write-zeroes, as in the kernel."""
-        return replace(self._device.limits, zero=False, fast_zero=False, sparse=False)
+        """What the device can. (The kernel offers no write-zeroes, and writes zeroes instead.)"""
+        return replace(self._device.limits, sparse=False)
 
     # --- what is told and asked ----------------------------------------------------------------------------------------
 

@@ -224,9 +224,9 @@ class Flakey(Target):
         return [Below(self._device, self._start, self.length)]
 
     def limits(self) -> Limits:
-        """What the device can, but no write-zeroes, as in the kernel."""
+        """What the device can. (The kernel offers no write-zeroes, and writes zeroes instead, which it does not corrupt.)"""
         below = self._device.limits
-        return replace(below, zero=False, fast_zero=False, sparse=below.sparse and not self._spoils_reads)
+        return replace(below, sparse=below.sparse and not self._spoils_reads)
 
     def table(self) -> str:
         """`<major:minor> <start> <up> <down> <number of words> <features>`"""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from nbdmap.block.device import HOLE, ZERO, Limits
-from nbdmap.block.io import CACHE, DISCARD, DONE, FLUSH, FUA, READ, WRITE, Deferred, Io, Op
+from nbdmap.block.io import CACHE, DISCARD, DONE, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Deferred, Io, Op
 from nbdmap.dm.table import Table
 from nbdmap.errors import InvalidArgument, IoFailed
 from nbdmap.targets import delay
@@ -44,7 +44,7 @@ def test_each_class_has_its_device_and_its_time(
     async def main() -> None:
         disks = {number: FakeDisk(number) for number in ("7:0", "7:1")}
         table = await build(f"0 4 error\n4 64 delay {words}", *disks.values())
-        for op, (ms, number, start) in {READ: reads, CACHE: reads, WRITE: writes, DISCARD: writes}.items():
+        for op, (ms, number, start) in {READ: reads, CACHE: reads, WRITE: writes, DISCARD: writes, WRITE_ZEROES: writes}.items():
             begun = now()
             await table.submit(Io(op, 512, memoryview(bytearray(512))), 6 * 512)
             assert round((now() - begun) * 1000) == ms
@@ -229,7 +229,7 @@ async def test_limits() -> None:
     table = await build("0 8 delay 7:0 0 1 7:1 0 1", FakeDisk("7:0", limits=ALL), FakeDisk("7:1", limits=Limits(4096)))
     assert table.limits == Limits(logical_block=4096)
     one = (await build("0 8 delay 7:0 0 1", FakeDisk("7:0"))).limits
-    assert (one.discard, one.zero, one.fast_zero, one.cache) == (True, False, False, True)
+    assert (one.discard, one.zero, one.fast_zero, one.cache, one.sparse) == (True, True, True, True, False)
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,12 @@ async def test_other_operations() -> None:
     assert await say(table, "listbadblocks") == "1\n"
     await table.submit(Io(FLUSH, 0), 0)
     assert [entry[0] for entry in disk.log] == ["discard", "flush"]
-    assert not table.limits.zero
-    assert WRITE_ZEROES
+    await say(table, "addbadblock 3 1")
+    disk.log.clear()
+    with pytest.raises(IoFailed, match="write_zeroes of bad block 3"):
+        await table.submit(Io(WRITE_ZEROES, 4096), 0)
+    assert [entry[:3] for entry in disk.log] == [("write_zeroes", 0, 3 * 512), ("write_zeroes", 4 * 512, 4 * 512)]
+    assert await say(table, "listbadblocks") == "3\n"
 
 
 async def test_nothing_is_a_hole() -> None:

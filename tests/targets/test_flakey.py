@@ -6,7 +6,7 @@ import errno
 import pytest
 
 from nbdmap.block.device import HOLE, ZERO
-from nbdmap.block.io import CACHE, DISCARD, DONE, FLUSH, FUA, READ, WRITE, Io, Op
+from nbdmap.block.io import CACHE, DISCARD, DONE, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Io, Op
 from nbdmap.dm.table import Table
 from nbdmap.errors import InvalidArgument, IoFailed
 from tests.crash.clock import run
@@ -65,12 +65,12 @@ def test_the_cycle(up: int, down: int, wanted: str) -> None:
 @pytest.mark.parametrize(
     ("features", "failing", "dropped"),
     [
-        ("", "read cache write flush discard", ""),
-        (" 0", "read cache write flush discard", ""),
+        ("", "read cache write flush discard write_zeroes", ""),
+        (" 0", "read cache write flush discard write_zeroes", ""),
         (" 1 error_reads", "read cache", ""),
-        (" 1 error_writes", "write flush discard", ""),
-        (" 1 drop_writes", "", "write flush discard"),
-        (" 2 drop_writes error_reads", "read cache", "write flush discard"),
+        (" 1 error_writes", "write flush discard write_zeroes", ""),
+        (" 1 drop_writes", "", "write flush discard write_zeroes"),
+        (" 2 drop_writes error_reads", "read cache", "write flush discard write_zeroes"),
         (" 5 corrupt_bio_byte 1 r 1 0", "", ""),
         (" 5 corrupt_bio_byte 1 w 1 0", "", ""),
         (" 2 random_read_corrupt 1", "", ""),
@@ -80,7 +80,7 @@ def test_the_cycle(up: int, down: int, wanted: str) -> None:
 def test_what_each_feature_does_to_each_operation(features: str, failing: str, dropped: str) -> None:
     async def main() -> None:
         table, disk = await flakey("0 1" + features)
-        for op in (READ, CACHE, WRITE, FLUSH, DISCARD):
+        for op in (READ, CACHE, WRITE, FLUSH, DISCARD, WRITE_ZEROES):
             name = op.name.lower()
             assert await fails(table, op) is (name in failing.split()), name
             reached = [entry[0] for entry in disk.log]
@@ -221,8 +221,7 @@ def test_holes_and_limits() -> None:
             assert await table.targets[1].extents(1024, 1536) == wanted
             limits = table.targets[1].limits()
             assert (limits.sparse, limits.discard, limits.cache) == (told, True, True)
-            assert not limits.zero
-            assert not limits.fast_zero
+            assert (limits.zero, limits.fast_zero) == (True, True)
 
     run(main())
 
