@@ -6,6 +6,7 @@ So it is enough that a disk forgets one sector of them. Layout and diffusion as 
 from collections.abc import Callable
 
 from nbdmap.luks.kdf import hash_function
+from nbdmap.luks.secret import wipe
 
 
 def merge(material: bytearray, stripes: int, hash_name: str) -> bytearray:
@@ -23,6 +24,7 @@ def split(key: bytearray, stripes: int, hash_name: str, random_bytes: Callable[[
     last = _fold(material, size, stripes, hash_name)
     _xor(last, key, 0)
     material[size * (stripes - 1) :] = last
+    wipe(last)
     return material
 
 

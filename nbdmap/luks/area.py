@@ -16,8 +16,8 @@ def decrypt(encryption: str, key: bytearray, data: bytearray) -> None:
 
 def check(encryption: str, key_size: int) -> None:
     """Raises InvalidArgument or NotFound when there is no such cipher with a key of so many bytes."""
-    _cipher(encryption, bytearray(range(1, 256)) * 3 if key_size > 255 else bytearray(range(1, key_size + 1)))
+    _cipher(encryption, bytearray(number % 251 for number in range(key_size)))
 
 
 def _cipher(encryption: str, key: bytearray) -> SectorCipher:
-    return SectorCipher(CipherSpec.parse(encryption), bytes(key))
+    return SectorCipher(CipherSpec.parse(encryption), key)

@@ -1,5 +1,6 @@
 """LUKS2: both copies, their order, keys added and removed, tokens kept, and the power failing at every write."""
 
+import contextlib
 import json
 from dataclasses import replace
 from typing import Any
@@ -16,8 +17,8 @@ from nbdmap.errors import (
     PassphraseRefused,
     Unsupported,
 )
-from nbdmap.luks import luks2, volume
-from nbdmap.luks.kdf import Kdf
+from nbdmap.luks import af, luks2, volume
+from nbdmap.luks.kdf import Kdf, Pbkdf2
 from nbdmap.luks.keyslot import Segment
 from nbdmap.luks.luks2 import AreaChoice, Header, Luks2, Wanted2
 from nbdmap.luks.metadata import Metadata, Node
@@ -98,6 +99,54 @@ def test_priorities() -> None:
     with pytest.raises(PassphraseRefused):
         opens(image, "hidden")
     assert opens(image, "hidden", 2) == 2
+
+
+def test_a_wrong_passphrase_costs_one_derivation_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one of the digest, for each that is tried; a right one stops there."""
+    image = made(2)
+    read(image).add_key(bytearray(KEY), passphrase("two"), CHEAP)
+    derived: list[int] = []
+    derive = Pbkdf2.derive
+
+    def counted(kdf: Pbkdf2, passphrase: bytearray, length: int) -> bytearray:
+        derived.append(length)
+        return derive(kdf, passphrase, length)
+
+    monkeypatch.setattr(Pbkdf2, "derive", counted)
+    for text, slot, wanted in (("wrong", None, 2), ("wrong", 1, 1), ("two", None, 2), ("secret", None, 1)):
+        derived.clear()
+        with contextlib.suppress(PassphraseRefused):
+            opens(image, text, slot)
+        assert derived == [64, 32] * wanted
+
+
+def test_secrets_are_wiped_wherever_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Area keys and key material, and the volume keys that are none."""
+    image = made(2)
+    read(image).add_key(bytearray(KEY), passphrase("two"), CHEAP)
+    derived: list[bytearray] = []
+    merged: list[bytearray] = []
+    derive, merge = Pbkdf2.derive, af.merge
+
+    def derives(kdf: Pbkdf2, passphrase: bytearray, length: int) -> bytearray:
+        derived.append(derive(kdf, passphrase, length))
+        return derived[-1]
+
+    def merges(material: bytearray, stripes: int, hash_name: str) -> bytearray:
+        merged.extend((material, merge(material, stripes, hash_name)))
+        return merged[-1]
+
+    monkeypatch.setattr(Pbkdf2, "derive", derives)
+    monkeypatch.setattr(af, "merge", merges)
+    with pytest.raises(PassphraseRefused):
+        opens(image, "wrong")
+    area_keys = [key for key in derived if len(key) == 64]
+    assert len(area_keys) == 2
+    assert not any(map(any, [*area_keys, *merged]))
+    unlocked = read(image).unlock(passphrase("two"))
+    assert unlocked.key == KEY
+    assert merged[-1] is unlocked.key, "whoever asked has it"
+    assert not any(map(any, merged[:-1]))
 
 
 def test_no_key() -> None:

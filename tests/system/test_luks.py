@@ -18,6 +18,7 @@ from nbdmap.cli.main import main
 from nbdmap.errors import Unsupported
 from nbdmap.luks import volume
 from nbdmap.luks.image import FileImage
+from nbdmap.luks.kdf import HASHES
 from tests.support.clients import attempt, run
 from tests.support.luks import KEY, cryptsetup, disk_file
 from tests.support.server import PROGRAM, REPOSITORY, Server, serving
@@ -86,6 +87,25 @@ def test_nbdmap_makes_it(kind: str, sector_size: int, kdf: str) -> None:
     nbdmap("luks", "open", "disk.img", "--test-passphrase", "--key-file", "key")
 
 
+@pytest.mark.parametrize("name", [*HASHES])
+def test_hashes(name: str) -> None:
+    """cryptsetup means the same by each name."""
+    nbdmap("luks", "format", "disk.img", "--hash", name, *words("luks1", 512, "pbkdf2"))
+    assert cryptsetup("open", "--test-passphrase", "disk.img", "--key-file", "key") == (0, "")
+    forced = ("--pbkdf-force-iterations", "1000")
+    assert cryptsetup("luksAddKey", "-q", "disk.img", "two", "--key-file", "key", *forced) == (0, "")
+    nbdmap("luks", "open", "disk.img", "--test-passphrase", "--key-file", "two")
+
+
+def test_a_detached_header(place: Path) -> None:
+    for kind in ("luks1", "luks2"):
+        nbdmap("luks", "format", "disk.img", "--header", f"{kind}.header", *words(kind, 512, "pbkdf2"))
+        assert cryptsetup("open", "--test-passphrase", "--header", f"{kind}.header", "disk.img", "--key-file", "key") == (0, "")
+        said = through_nbdmap("disk.img", "qemu-io", "-f", "raw", "-c", "'write -P 5 0 18M'", '"$uri"', header=f"{kind}.header")
+        assert "wrote 18874368" in said
+        assert len({*(place / "disk.img").read_bytes()[:4096]}) == 256, "ciphertext from its first byte on"
+
+
 def test_cryptsetup_repairs_and_converts_what_nbdmap_made(place: Path) -> None:
     """It checks more when it does that: the JSON rules of its own, and both copies."""
     nbdmap("luks", "format", "disk.img", *words("luks2", 512, "pbkdf2"))
@@ -120,10 +140,11 @@ def pattern(size: int) -> bytes:
     return random.Random(5).randbytes(size)
 
 
-def through_nbdmap(image: str, *command: str) -> str:
+def through_nbdmap(image: str, *command: str, header: str = "") -> str:
     """What a client says of the decrypted disk."""
     environment = {"PYTHONPATH": str(REPOSITORY)}
-    return run(*PROGRAM, "luks", "open", image, "--key-file", "key", "--run", " ".join(command), extra=environment)
+    detached = ("--header", header) if header else ()
+    return run(*PROGRAM, "luks", "open", image, *detached, "--key-file", "key", "--run", " ".join(command), extra=environment)
 
 
 def same_to_qemu(opened: str) -> bool:
