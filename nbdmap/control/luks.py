@@ -4,19 +4,19 @@
     0 32768 crypt aes-xts-plain64 :64:logon:cryptsetup:6c7083e7-8854-4234-bea6-09164338c040-d0 0 sda 32768
 
 The volume key stands in no table: the line names it as cryptsetup's do, and it is in the keyring only while the table is
-loaded. Passphrases are tried in a thread.
+loaded. Passphrases are tried in a thread, and nothing waits for it when nobody wants the answer any more.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from nbdmap.block.device import Device
-from nbdmap.block.io import READ, Io
-from nbdmap.block.threads import Threads
+from nbdmap.block.io import READ, Io, to_the_end
 from nbdmap.dm.target import Opener
-from nbdmap.errors import AccessRefused, PassphraseRefused
+from nbdmap.errors import AccessRefused, IoFailed, PassphraseRefused
 from nbdmap.luks import volume
 from nbdmap.luks.keyfile import KeyFile
 from nbdmap.luks.luks1 import Luks1
@@ -33,12 +33,30 @@ class DeviceImage:
         self.size = device.size
         self._device = device
         self._loop = asyncio.get_running_loop()
+        self._ended = False
+        self._reading: asyncio.Task[bytearray] | None = None
+
+    async def end(self) -> None:
+        """From now on the device is not used: a read that is under way is cancelled, and all that follow fail."""
+        self._ended = True
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait((self._reading,))
 
     def read(self, offset: int, length: int) -> bytearray:
         """As Image.read."""
         return asyncio.run_coroutine_threadsafe(self._read(offset, length), self._loop).result()
 
     async def _read(self, offset: int, length: int) -> bytearray:
+        if self._ended:
+            raise IoFailed(f"{self.name}: nobody waits for its header any more")
+        self._reading = asyncio.ensure_future(self._read_device(offset, length))
+        try:
+            return await self._reading
+        finally:
+            self._reading = None
+
+    async def _read_device(self, offset: int, length: int) -> bytearray:
         length = max(0, min(length, self.size - offset))
         block = self._device.limits.logical_block
         start = round_down(offset, block)
@@ -92,20 +110,54 @@ async def unlocked(
     `turn` is held while passphrases are tried: one at a time in the whole process, as each may take seconds and a GiB.
     Raises PassphraseRefused, InvalidArgument when there is no LUKS disk, CorruptMetadata, Unsupported, and what opening does.
     """
-    threads = Threads("luks")
     opened: list[Device] = []
+    images: list[DeviceImage] = []
     try:
-        opened.append(await opener.open(wanted.disk, read_only=True))
-        if wanted.header:
-            opened.append(await opener.open(wanted.header, read_only=True))
+        for reference in (wanted.disk, wanted.header or wanted.disk):
+            opened.append(await opener.open(reference, read_only=True))
+            images.append(DeviceImage(opened[-1]))
         async with turn:
-            found = await threads.run(_unlock, DeviceImage(opened[0]), DeviceImage(opened[-1]), wanted, secret)
+            found = await _in_a_thread(lambda: _unlock(images[0], images[1], wanted, secret))
     finally:
-        for device in opened:
-            await opener.release(device)
-        await threads.close()
+        await to_the_end(_give_back(opener, opened, images))
     with wiping(found.key) as key, KEYRING.holding(f"logon:{found.description}", key):
         yield found.table, found.uuid
+
+
+async def _give_back(opener: Opener, opened: list[Device], images: list[DeviceImage]) -> None:
+    for image in images:
+        await image.end()
+    for device in opened:
+        await opener.release(device)
+
+
+async def _in_a_thread(job: Callable[[], _Found]) -> _Found:
+    """Runs `job` in a thread. A cancellation does not wait for its end, which may be seconds away, and nothing else does."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_Found] = loop.create_future()
+
+    def end(found: _Found | None, error: BaseException | None) -> None:
+        if found is not None and not future.done():
+            future.set_result(found)
+        elif found is not None:
+            wipe(found.key)
+        elif error is not None and not future.done():
+            future.set_exception(error)
+
+    def work() -> None:
+        found, error = None, None
+        try:
+            found = job()
+        except BaseException as raised:
+            error = raised
+        try:
+            loop.call_soon_threadsafe(end, found, error)
+        except RuntimeError:  # the loop has ended
+            if found is not None:
+                wipe(found.key)
+
+    threading.Thread(target=work, name="nbdmap luks", daemon=True).start()
+    return await future
 
 
 def _unlock(disk: DeviceImage, header_disk: DeviceImage, wanted: LuksDisk, secret: Secret) -> _Found:

@@ -5,19 +5,22 @@ import base64
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nbdmap.block.memory import MemoryDisk
 from nbdmap.ciphers.cipher import SectorCipher
 from nbdmap.ciphers.spec import CipherSpec
+from nbdmap.control import luks
 from nbdmap.control.luks import DeviceImage
 from nbdmap.control.verbs import Verbs
-from nbdmap.errors import AccessRefused, InvalidArgument, NbdmapError, NoKey, NotFound, PassphraseRefused
+from nbdmap.errors import AccessRefused, InvalidArgument, IoFailed, NbdmapError, NoKey, NotFound, PassphraseRefused
 from nbdmap.luks.kdf import Pbkdf2
+from nbdmap.luks.secret import wipe
 from nbdmap.targets.crypt.keys import KEYRING
 from nbdmap.units import MIB
-from tests.support.disks import read, write
+from tests.support.disks import FakeDisk, read, write
 from tests.support.luks import KEY, UUID, disk_file, new_luks2
 from tests.support.site import Site
 
@@ -180,6 +183,59 @@ async def test_keys_are_derived_in_a_thread_one_at_a_time(site: Site, disk: Path
     await asyncio.gather(*(verbs.luks_open(f"d{number}", str(disk), SECRET) for number in range(3)))
     assert (threads, busy[1]) == ({False}, 1)
     assert sorted(site.mapper.devices) == ["d0", "d1", "d2"]
+
+
+async def test_whoever_gives_up_need_not_wait(site: Site, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stop of the server is not held up by a KDF; what comes out of it in the end is wiped."""
+    going, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+    keys: list[bytearray] = []
+    find = luks._unlock
+
+    def slow(*words: Any) -> Any:
+        found = find(*words)
+        keys.append(found.key)
+        going.set()
+        go_on.wait(10)
+        return found
+
+    def wiped(key: bytearray) -> None:
+        wipe(key)
+        ended.set()
+
+    monkeypatch.setattr(luks, "_unlock", slow)
+    opening = asyncio.ensure_future(Verbs(site.mapper, site.exports).luks_open("home", str(disk), SECRET))
+    await asyncio.to_thread(going.wait, 10)
+    monkeypatch.setattr(luks, "wipe", wiped)
+    opening.cancel()
+    await asyncio.wait((opening,), timeout=5)
+    assert opening.cancelled()
+    assert not site.mapper.devices
+    assert not site.mapper._opened
+    go_on.set()
+    assert await asyncio.to_thread(ended.wait, 10)
+    assert keys
+    assert not any(keys[0])
+
+
+async def test_reads_end_with_whoever_wanted_them() -> None:
+    disk = FakeDisk("7:0")
+    begun = asyncio.Event()
+
+    class Gate(asyncio.Event):
+        async def wait(self) -> Any:
+            begun.set()
+            return await super().wait()
+
+    disk.gate = Gate()
+    image = DeviceImage(disk)
+    reading = asyncio.ensure_future(asyncio.to_thread(image.read, 0, 512))
+    await begun.wait()
+    await image.end()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    with pytest.raises(IoFailed, match="nobody waits for its header any more"):
+        await asyncio.to_thread(image.read, 0, 512)
+    assert len(disk.log) == 1
 
 
 # --- reload ----------------------------------------------------------------------------------------------------------------

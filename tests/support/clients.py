@@ -5,7 +5,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tests.support.programs import need
 
@@ -86,7 +86,7 @@ def run(
     return done.stdout
 
 
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str] | None" = None, seconds: float = 20) -> None:
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[Any] | None" = None, seconds: float = 20) -> None:
     """Returns as soon as `condition` holds. AssertionError when `process` ends first, or in the end."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -6,6 +6,7 @@ key is; qemu and nbdkit read and write the data themselves.
 
 import contextlib
 import io
+import os
 import random
 import subprocess
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from nbdmap.errors import Unsupported
 from nbdmap.luks import volume
 from nbdmap.luks.image import FileImage
 from nbdmap.luks.kdf import HASHES
-from tests.support.clients import attempt, run
+from nbdmap.luks.luks2 import Luks2
+from tests.support.clients import attempt, run, wait_until
 from tests.support.luks import KEY, cryptsetup, disk_file
 from tests.support.server import PROGRAM, REPOSITORY, Server, serving
 
@@ -212,6 +214,29 @@ def test_open_on_a_running_server(server: Server, place: Path) -> None:
     server.verb("remove", "home")
     server.verb("luks", "open", str(place / "2.img"), "home", "-r", "--key-file", str(place / "key"))
     assert "read 65536" in run("qemu-io", "-r", "-f", "raw", "-c", "read -P 3 0 64k", server.uri("home"))
+
+
+def test_a_stop_does_not_wait_for_a_passphrase(place: Path) -> None:
+    """A KDF of some seconds is under way; the server ends as always, with 0, in time (`serving` sees to that)."""
+    assert cryptsetup("luksFormat", "-q", "disk.img", "--key-file", "key", *CHEAP["pbkdf2"])[0] == 0
+    with FileImage("disk.img", write=True) as image:
+        header = volume.read(image)
+        assert isinstance(header, Luks2)
+        header.metadata.root.plain["keyslots"]["0"]["kdf"]["iterations"] = 60_000_000
+        header.write()
+    with serving("disks: {ram: {memory: 1MiB}}\ndevices: {}") as server:
+        opening = subprocess.Popen(
+            [*PROGRAM, "luks", "open", str(place / "disk.img"), "home", "--key-file", "key"], env=server.environment,
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        wait_until(lambda: processor_seconds(server.process.pid) > 1.5, server.process)
+    assert opening.wait(20) == 1
+
+
+def processor_seconds(pid: int) -> float:
+    """User time that a process has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) / os.sysconf("SC_CLK_TCK")
 
 
 def test_a_server_is_not_held_up_by_a_passphrase(server: Server, place: Path) -> None:
