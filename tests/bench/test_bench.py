@@ -111,5 +111,6 @@ def test_what_issue_3_asks_for_is_asked_for() -> None:
     assert wanted == {
         "unix/read-4k-d32": (3.0, None), "unix/write-4k-d32": (1.5, None), "unix/read-4k-d1": (1.0, None),
         "unix/read-1m-d4": (1.4, None), "unix/write-1m-d4": (1.2, None), "unix/read-4k-d32-x4": (1.6, None),
+        "unix/lean-read-4k-d32": (3.0, None), "unix/lean-write-4k-d32": (1.5, None), "unix/lean-read-4k-d1": (1.0, None),
         "unix/stack-read-4k-d32": (0.85, None), "unix/mixed": (None, 3.0), "unix/idle": (None, 64.0),
     }  # fmt: skip

@@ -1,6 +1,8 @@
 import asyncio
 import errno
+import itertools
 import os
+import random
 import resource
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
@@ -12,7 +14,7 @@ import pytest
 from nbdmap.block import file as file_module
 from nbdmap.block import syscalls
 from nbdmap.block.device import HOLE, ZERO, Device
-from nbdmap.block.file import INLINE_READ, INLINE_WRITE, POOLED_WRITES, SLOW_WRITE_NS, FileDisk
+from nbdmap.block.file import INLINE_READ, INLINE_WRITE, POOLED_WRITES, SLOW_WRITE_NS, WRITE_SLICE, FileDisk
 from nbdmap.block.io import (
     DISCARD,
     FLUSH,
@@ -247,9 +249,48 @@ async def test_the_buffer_is_left_alone_once_a_cancelled_read_has_ended(
 
 async def test_small_writes_are_done_at_once_and_big_ones_are_not(disk: FileDisk) -> None:
     data = memoryview(bytes(INLINE_WRITE + SECTOR))
-    assert at_once(disk.submit(Io(WRITE, INLINE_WRITE, data[:INLINE_WRITE]), 0))
+    assert at_once(disk.submit(Io(WRITE, WRITE_SLICE, data[:WRITE_SLICE]), 0))
     assert not at_once(disk.submit(Io(WRITE, len(data), data), 0))
     assert not at_once(disk.submit(Io(WRITE, SECTOR, data[:SECTOR], FUA), 0))
+
+
+async def test_between_the_slices_of_a_large_write_others_have_their_turn(
+    disk: FileDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random.Random(1).randbytes(INLINE_WRITE)
+    story: list[object] = []
+    write = disk._write_some_now
+
+    def noting(part: memoryview, offset: int) -> int:
+        story.append(offset)
+        return write(part, offset)
+
+    monkeypatch.setattr(disk, "_write_some_now", noting)
+    task = asyncio.create_task(disk.submit(Io(WRITE, len(data), memoryview(data)), SECTOR))
+    while not task.done():
+        story.append("turn")
+        await asyncio.sleep(0)
+    await task
+    slices = [step for step in story if step != "turn"]
+    assert slices == [SECTOR + start for start in range(0, INLINE_WRITE, WRITE_SLICE)]
+    assert all(story[story.index(one) + 1] == "turn" for one in slices[:-1])
+    assert await read(disk, SECTOR, len(data)) == data
+
+
+async def test_a_large_write_goes_on_in_a_thread_when_a_slice_was_slow(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = random.Random(1).randbytes(INLINE_WRITE)
+    monkeypatch.setattr(file_module, "perf_counter_ns", itertools.count(0, SLOW_WRITE_NS + 1).__next__)
+    in_threads: list[int] = []
+    write = disk._write_now
+
+    def noting(part: memoryview, offset: int) -> None:
+        in_threads.append(offset)
+        write(part, offset)
+
+    monkeypatch.setattr(disk, "_write_now", noting)
+    await disk.submit(Io(WRITE, len(data), memoryview(data)), 0)
+    assert in_threads == [WRITE_SLICE]
+    assert await read(disk, 0, len(data)) == data
 
 
 async def test_after_a_slow_write_the_next_ones_go_to_the_threads(
