@@ -13,6 +13,7 @@ of Linux's dm-ps-historical-service-time.c: it measures how long requests take.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from types import MappingProxyType
 from typing import ClassVar, Final
 
@@ -24,6 +25,7 @@ MAX_COUNT: Final = (1 << 32) - 1
 MAX_THROUGHPUT: Final = 100
 
 _log: Final = logging.getLogger(__name__)
+_IN_FLIGHT: Final = attrgetter("in_flight")
 
 
 class Selector:
@@ -90,7 +92,7 @@ class QueueLength(Selector):
 
     def choose(self, usable: Sequence[Path], size: int) -> Path:
         """The shortest queue."""
-        return min(usable, key=lambda path: path.in_flight)
+        return min(usable, key=_IN_FLIGHT)
 
     def info(self, path: Path) -> str:
         """`<requests in flight>`"""
