@@ -56,6 +56,8 @@ class DataMap:
         """For each bitmap the entries that were given out in this transaction."""
         self._before: dict[int, int] = {}
         """Where a bitmap that has changed in this transaction was in the last commit; 0 if nowhere."""
+        self._extended: set[int] = set()
+        """Bitmaps that have to be written because the device has become larger."""
         self._cursor = 0
         self._open: tuple[int, bytearray] = -1, bytearray()
         """The bitmap that blocks are given out of, and 1 for each entry of it that can be."""
@@ -89,17 +91,15 @@ class DataMap:
         return max(self._committed_free - self._allocated, 0)
 
     @property
-    def changed(self) -> bool:
-        """Whether there is something to write."""
-        return bool(self._deltas or self._before or self._unwritten())
-
-    @property
     def root(self) -> bytes:
         """The 32 bytes for the superblock; right after `write`."""
         return Root(self.nr_blocks, self._nr_allocated, self._index.root, self._ref_counts.root).pack()
 
     def extend(self, nr_blocks: int) -> None:
         """Makes it a map of `nr_blocks`, not less than now; the new ones are free."""
+        if len(self._entries) and nr_blocks > self.nr_blocks:
+            self._entries[-1]["free"] = max(self._entries[-1]["free"], 1)  # thin_restore counts to the end of the device
+            self._extended.add(len(self._entries) - 1)
         more = np.zeros(bitmaps_for(nr_blocks) - len(self._entries), INDEX_ENTRY)
         more["free"] = ENTRIES
         self._entries = np.concatenate([self._entries, more])
@@ -205,12 +205,13 @@ class DataMap:
         blocks, deltas = blocks[order], deltas[order]
         if len(blocks) and blocks[-1] >= self.nr_blocks:
             raise CorruptMetadata(f"data block {blocks[-1]} is referred to; the space map ends with {self.nr_blocks - 1}")
-        numbers = sorted({*np.unique(blocks // ENTRIES).tolist(), *self._unwritten()})
+        numbers = sorted({*np.unique(blocks // ENTRIES).tolist(), *self._unwritten(), *self._extended})
         await self.tx.store.read_ahead(self._entries["block"][numbers].tolist(), BITMAP)
         for number in numbers:
             begin, end = np.searchsorted(blocks, [number * ENTRIES, (number + 1) * ENTRIES])
             await self._change(number, blocks[begin:end] - number * ENTRIES, deltas[begin:end])
         self._deltas.clear()
+        self._extended.clear()
 
     def _unwritten(self) -> list[int]:
         """The bitmaps that are not on the disk yet."""

@@ -72,11 +72,6 @@ class Transaction:
         self.inc = space.inc
         """inc(block): one owner more."""
 
-    @property
-    def changed(self) -> bool:
-        """Whether blocks were changed since the last commit. Changes that maps remember are not counted."""
-        return bool(self._fresh)
-
     def check(self) -> None:
         """Raises IoFailed when the transaction is broken."""
         if self.broken:

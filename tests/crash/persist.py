@@ -149,8 +149,8 @@ class Persist(Scenario):
         pool = ledger.pool
         device = pool.store.device
         found = await check(device)
-        if found.errors or found.leaks:
-            raise Violation(f"the check finds {(found.errors.words + found.leaks.words)[:3]}")
+        if found.errors or found.leaks or found.notes:
+            raise Violation(f"the check finds {(found.errors.words + found.leaks.words + found.notes.words)[:3]}")
         async for identity, details in pool.details.items():
             if identity and details[1] != await contents(pool, identity):
                 raise Violation(f"snapshot {identity} is not what it was")
@@ -159,8 +159,8 @@ class Persist(Scenario):
             await self._ask(device)
         await ledger.submit(Io(FLUSH, 0), 0)
         found = await check(device)
-        if found.errors or found.leaks:
-            raise Violation(f"after a commit the check finds {(found.errors.words + found.leaks.words)[:3]}")
+        if found.errors or found.leaks or found.notes:
+            raise Violation(f"after a commit the check finds {(found.errors.words + found.leaks.words + found.notes.words)[:3]}")
 
     async def _ask(self, device: Device) -> None:
         image = bytearray(device.size)

@@ -21,6 +21,7 @@ async def sound(one: Pool) -> None:
     found = await check(one.store.device)
     assert not found.errors, found.errors.words
     assert not found.leaks, found.leaks.words
+    assert not found.notes, found.notes.words
 
 
 async def test_look_ups_go_through_both_levels() -> None:
