@@ -18,6 +18,8 @@ from cryptography.hazmat.primitives.kdf.argon2 import Argon2i, Argon2id
 from cryptography.hazmat.primitives.kdf.pbkdf2 import PBKDF2HMAC
 
 from nbdmap.errors import CorruptMetadata, InvalidArgument, IoFailed
+from nbdmap.luks import whirlpool
+from nbdmap.luks.whirlpool import Whirlpool
 
 MAX_MEMORY_KIB: Final = 4 << 20
 """Of argon2: cryptsetup's own limit, 4 GiB."""
@@ -33,13 +35,16 @@ _OPENSSL: Final[dict[str, hashes.HashAlgorithm]] = {
     "blake2s-256": hashes.BLAKE2s(32), "sm3": hashes.SM3(),
 }  # fmt: skip
 _HASHLIB: Final = {"ripemd160": "ripemd160"} | {name: name.replace("sha3-", "sha3_") for name in _OPENSSL}
-HASHES: Final = tuple(_HASHLIB)
+HASHES: Final = (*_HASHLIB, "whirlpool")
 _ARGON2: Final[dict[str, type[Argon2i] | type[Argon2id]]] = {"argon2i": Argon2i, "argon2id": Argon2id}
 
 
 def check_hash(name: str) -> str:
     """`name` as it is used here (`SHA256` is sha256). Raises InvalidArgument for a hash that there is not."""
     known = name.lower()
+    if known == "whirlpool":
+        whirlpool.library()
+        return known
     if known not in _HASHLIB:
         raise InvalidArgument(f"the hash {name!r} is not available here (there are: {', '.join(HASHES)})")
     try:
@@ -49,8 +54,10 @@ def check_hash(name: str) -> str:
     return known
 
 
-def hash_function(name: str) -> Callable[[bytes], "hashlib._Hash"]:
+def hash_function(name: str) -> Callable[[bytes], "hashlib._Hash | Whirlpool"]:
     """The constructor of a hash that `check_hash` has seen."""
+    if name == "whirlpool":
+        return Whirlpool
     found: Callable[[bytes], hashlib._Hash] = getattr(hashlib, _HASHLIB[name], None) or partial(hashlib.new, _HASHLIB[name])
     return found
 
@@ -73,6 +80,8 @@ class Pbkdf2:
         key = bytearray(length)
         if algorithm := _OPENSSL.get(self.hash):
             PBKDF2HMAC(algorithm, length, self.salt, self.iterations).derive_into(passphrase, key)  # twice as fast as hashlib's
+        elif self.hash == "whirlpool":
+            whirlpool.pbkdf2(passphrase, self.salt, self.iterations, key)
         else:
             key[:] = hashlib.pbkdf2_hmac(_HASHLIB[self.hash], passphrase, self.salt, self.iterations, length)
         return key

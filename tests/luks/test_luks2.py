@@ -184,10 +184,10 @@ def test_a_hash_that_is_not_available_spoils_one_slot_only() -> None:
     image = made(2)
     read(image).add_key(bytearray(KEY), passphrase("two"), CHEAP)
     keyslots = read(image).metadata.root.plain["keyslots"]
-    keyslots["0"]["kdf"]["hash"] = "whirlpool"
+    keyslots["0"]["kdf"]["hash"] = "tiger"
     changed(image, {"keyslots": keyslots})
     assert opens(image, "two") == 1
-    with pytest.raises(InvalidArgument, match="key slot 0: the hash 'whirlpool'"):
+    with pytest.raises(InvalidArgument, match="key slot 0: the hash 'tiger'"):
         opens(image, "secret", 0)
     read(image).remove_key(0)
     assert sorted(read(image).metadata.keyslots) == [1]
