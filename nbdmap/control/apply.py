@@ -234,7 +234,12 @@ class _Change:
         async with self._table(name, entry) as (table, uuid):
             device = await self._mapper.create(name, uuid, entry.minor, table, entry.read_only, opener=opener)
         placed = self._applied.devices[name] = _Placed(device, entry.table, entry.luks, entry.read_only)
+        self._note(device, entry)
         return placed
+
+    def _note(self, device: MappedDevice, entry: DeviceEntry) -> None:
+        if entry.luks is not None:
+            self._mapper.luks[device] = entry.luks.model_dump(exclude_unset=True, exclude={"disk"})
 
     @asynccontextmanager
     async def _table(self, name: str, entry: DeviceEntry) -> AsyncIterator[tuple[str | None, str]]:
@@ -272,6 +277,7 @@ class _Change:
                 raise
             log.info("%s: new table", device.name)
         placed.table, placed.luks, placed.read_only = entry.table, entry.luks, entry.read_only
+        self._note(device, entry)
 
     async def _send(self, name: str, placed: _Placed, messages: Sequence[str]) -> None:
         """Sends the messages that were not sent before, up to the first that is refused."""

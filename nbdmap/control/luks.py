@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from nbdmap.block.device import Device
 from nbdmap.block.io import READ, Io, to_the_end
+from nbdmap.dm.table import TargetLine
 from nbdmap.dm.target import Opener
 from nbdmap.errors import AccessRefused, IoFailed, PassphraseRefused
 from nbdmap.luks import volume
@@ -90,6 +91,11 @@ class Secret(NamedTuple):
     passphrase: bytearray | None = None
     key_file: KeyFile | None = None
     volume_key_file: str = ""
+
+
+def is_luks_line(line: TargetLine) -> bool:
+    """Whether a table's line is one of those that are made here."""
+    return line.type_name == "crypt" and ":logon:cryptsetup:" in line.params
 
 
 class _Found(NamedTuple):

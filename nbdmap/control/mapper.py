@@ -15,6 +15,7 @@ import stat
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
+from weakref import WeakKeyDictionary
 
 from nbdmap.block.device import Device
 from nbdmap.block.file import FileDisk
@@ -70,6 +71,8 @@ class Mapper:
         """The configuration's disks, by name."""
         self.reserved: frozenset[str] = frozenset()
         """Numbers that the configuration gives away: nobody gets them by chance."""
+        self.luks: WeakKeyDictionary[MappedDevice, Mapping[str, object]] = WeakKeyDictionary()
+        """Of devices that are LUKS disks: the keys of the configuration that open them, but for the disk."""
         self.unlocking = asyncio.Lock()
         """Held while a passphrase of a LUKS disk is tried."""
         self._opened: dict[tuple[str, bool], Device] = {}  # by path or URI and mode, for those that no name stands for

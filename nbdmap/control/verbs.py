@@ -12,7 +12,7 @@ from typing import Any, Final
 from nbdmap import __version__
 from nbdmap.block.io import Op
 from nbdmap.control.exports import Exports, ExportSettings
-from nbdmap.control.luks import LuksDisk, Secret, unlocked
+from nbdmap.control.luks import LuksDisk, Secret, is_luks_line, unlocked
 from nbdmap.control.mapper import Mapper, check_name
 from nbdmap.dm.args import split_words
 from nbdmap.dm.device import MappedDevice
@@ -88,7 +88,10 @@ class Verbs:
         opener = self._mapper.opener(directory)
         with wiping(secret):
             async with unlocked(self._mapper.unlocking, opener, wanted, Secret(secret)) as (table, prefix):
-                return await self.create(name, table, uuid or f"{prefix}{name}", None, read_only, directory, export)
+                made = await self.create(name, table, uuid or f"{prefix}{name}", None, read_only, directory, export)
+        keys = {"header": header or None, "key_slot": key_slot, "allow_discards": allow_discards or None}
+        self._mapper.luks[self._device(name)] = {key: value for key, value in keys.items() if value is not None}
+        return made
 
     async def remove(self, name: str = "", uuid: str = "", force: bool = False, deferred: bool = False) -> Data:
         """Removes a device. `force` first replaces its table by one that fails every request; `deferred` removes an open
@@ -291,7 +294,12 @@ class Verbs:
             if device.read_only:
                 entry["read_only"] = True
             if device.live is not None:
-                entry["table"] = "".join(f"{line_text(line)}\n" for line in device.live.table_lines())
+                lines = device.live.table_lines()
+                luks = self._mapper.luks.get(device)
+                if luks is not None and is_luks_line(lines[0]):
+                    entry["luks"] = {"disk": lines[0].params.split()[3], **luks}
+                else:
+                    entry["table"] = "".join(f"{line_text(line)}\n" for line in lines)
             settings = self._exports.settings(device)
             entry["export"] = _export_entry(settings) if settings else False
             devices[device.name] = entry

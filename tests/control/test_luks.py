@@ -157,6 +157,26 @@ async def test_a_verb_that_fails(site: Site, disk: Path, change: dict[str, objec
     assert not site.mapper._opened, "nothing stays open"
 
 
+async def test_a_dump_opens_it_again(site: Site, disk: Path) -> None:
+    await site.start(HOME.replace("key}", "key, key_slot: 0, allow_discards: true}"))
+    verbs = Verbs(site.mapper, site.exports)
+    await verbs.luks_open("typed", str(disk), SECRET, key_slot=0)
+    dumped = await verbs.dump_config()
+    number = site.table("home")[0].split()[4]
+    key = str(site.directory / "key")
+    assert dumped["devices"]["home"]["luks"] == {"disk": number, "key_file": key, "key_slot": 0, "allow_discards": True}
+    assert dumped["devices"]["typed"]["luks"] == {"disk": number, "key_slot": 0}
+    del dumped["devices"]["typed"]
+    before = site.table("home")
+    await site.mapper.close()
+    again = Site(site.directory)
+    await again.start(json.dumps(dumped))
+    assert again.table("home") == before
+    await again.reload("devices: {home: {table: 0 2048 zero}}")
+    assert "table" in (await Verbs(again.mapper, again.exports).dump_config())["devices"]["home"]
+    await again.mapper.close()
+
+
 async def test_the_key_is_in_the_keyring_while_the_table_is_loaded_only(site: Site, disk: Path) -> None:
     await site.start(HOME)
     assert not KEYRING._held
