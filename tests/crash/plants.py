@@ -19,6 +19,7 @@ from nbdmap.targets.striped import Stripe, Striped
 from nbdmap.units import SECTOR
 from tests.crash.crypt_plants import CRYPT_PLANTS
 from tests.crash.fault_plants import FAULT_PLANTS
+from tests.crash.multipath_plants import MULTIPATH_PLANTS
 from tests.crash.persist_plants import PERSIST_PLANTS
 from tests.crash.scenario import Scenario
 from tests.crash.stacks import SCENARIOS
@@ -398,6 +399,7 @@ PLANTS: Final[dict[str, Plant]] = {
     "zeroes-are-no-change": Plant("linear-files", {"file_type": ZeroesAreNoChange}),
     **{name: Plant(scenario, _types(kind)) for name, (scenario, kind) in FAULT_PLANTS.items()},
     **{name: Plant("crypt", changes) for name, changes in CRYPT_PLANTS.items()},
+    **{name: Plant("paths", _types(kind)) for name, kind in MULTIPATH_PLANTS.items()},
     **{name: Plant("persist", changes) for name, changes in PERSIST_PLANTS.items()},
 }
 

@@ -115,6 +115,20 @@ class Delayed(Tables):
     tables: ClassVar = {"slow": "0 36 delay 7:0 0 10 7:0 0 300 7:1 0 20"}
 
 
+class Paths(Tables):
+    """Two paths to the same disk, and a third in a group that is used when they have failed. What fails on one is done on
+    another; when all have failed everything does, until the stack is opened again."""
+
+    name = "paths"
+    sectors = (40,)
+    tables: ClassVar = {
+        "a": "0 40 linear 7:0 0",
+        "b": "0 40 linear 7:0 0",
+        "c": "0 40 linear 7:0 0",
+        "mp": "0 36 multipath 0 0 2 1 round-robin 0 2 1 a 1 b 3 queue-length 0 1 1 c 2",
+    }
+
+
 _ALL: Final[tuple[type[Scenario], ...]] = (
     Linear,
     Striped,
@@ -125,6 +139,7 @@ _ALL: Final[tuple[type[Scenario], ...]] = (
     StackedFiles,
     Faults,
     Delayed,
+    Paths,
     Persist,
 )
 

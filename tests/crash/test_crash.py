@@ -21,6 +21,7 @@ SEEDS = {
     "stacked-files": 6,
     "faults": 4,
     "delayed": 4,
+    "paths": 12,
     "persist": 5,
 }
 STATES = 500

@@ -13,6 +13,7 @@ from nbdmap.block.io import FLUSH, FUA, READ, WRITE, Io
 from nbdmap.block.memory import MemoryDisk
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
+from nbdmap.errors import IoFailed
 from nbdmap.units import MIB, SECTOR
 from tests.crash.plants import AcknowledgeWriteEarly, Broken, KeepBuffer, SwapWrites, WriteTwice
 from tests.linear.history import Party
@@ -104,6 +105,50 @@ async def swap_for_ever(device: MappedDevice, disks: list[Device], done: list[No
             done.append(None)
             for _ in range(8):
                 await asyncio.sleep(0)
+
+
+class Shaky(Broken):
+    """One of several ways to a disk: one request in ten fails, before anything is done."""
+
+    def __init__(self, below: Device, number: int) -> None:
+        super().__init__(below)
+        self.name = self.number = f"8:{number}"
+        self._rng = random.Random(number)
+
+    async def submit(self, io: Io, offset: int) -> None:
+        for _ in range(self._rng.choice((0, 1, 2))):
+            await asyncio.sleep(0)
+        if self._rng.random() < 0.1:
+            raise IoFailed("gone")
+        await self.below.submit(io, offset)
+
+
+@pytest.mark.parametrize("selector", ["round-robin", "queue-length", "service-time", "historical-service-time"])
+async def test_over_paths_that_fail(selector: str) -> None:
+    """Requests wait and change their way all the time. (A path that fails a write after it was done is not linearizable, as
+    the second try may undo what another client wrote in between; so it is in Linux.)"""
+    disk = jumbled(0)
+    table = f"0 96 multipath 1 queue_if_no_path 0 2 1 {selector} 0 2 0 8:0 8:1 {selector} 0 1 0 8:2"
+    async with serving() as stack:
+        device = await stack.add("dev", table, *(Shaky(disk, number) for number in range(3)))
+        party = await Party.connect(stack.socket, 4)
+        repairs = asyncio.create_task(reinstate_for_ever(device))
+        faults = [found for _ in range(HISTORIES // 3) if (found := (await party.play()).fault())]
+        repairs.cancel()
+        assert faults == []
+        assert device.event_number > 100
+        with pytest.raises(asyncio.CancelledError):
+            await repairs
+    await disk.close()
+
+
+async def reinstate_for_ever(device: MappedDevice) -> None:
+    """Now and then every path is used again."""
+    while True:
+        for number in range(3):
+            await device.message(0, ["reinstate_path", f"8:{number}"])
+        for _ in range(40):
+            await asyncio.sleep(0)
 
 
 class StaleReads(Broken):

@@ -420,12 +420,12 @@ class Multipath(Target):
     async def postsuspend(self) -> None:
         """Flushes by one path what was written. Without a path there is nobody to flush: the device can be suspended still."""
         self._suspended = True
-        if self._noflush or self._spec.read_only or self._unused or not self._valid:
+        if self._noflush or self._spec.read_only or self._unused:
             return
-        try:
+        if self._valid:
             await self.submit(Io(FLUSH, 0), self.begin)
-        except NbdmapError as error:
-            _log.warning("multipath: flush at a suspend: %s", error.message)
+        else:
+            _log.warning("multipath: suspended without a flush: there is no usable path")
 
     async def resume(self) -> None:
         """queue_if_no_path is as it was; paths that are not there fail."""
