@@ -71,6 +71,7 @@ class Deferred(Coroutine[Any, Any, None]):
         """Ends the request, well or with an error. Called exactly once."""
         self.ended = True
         self.error = error
+        self.on_cancel = None
         callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             callback(error)

@@ -36,7 +36,7 @@ class Held(Deferred):
     __slots__ = ("due", "io", "leg", "offset")
 
     def __init__(self, leg: "Leg", io: Io, offset: int, due: float) -> None:
-        super().__init__(self._drop)
+        super().__init__()
         self.leg = leg
         self.io: Io | None = io
         self.offset = offset
@@ -49,8 +49,11 @@ class Held(Deferred):
             self.leg.held -= 1
             self.follow(self.leg.send(io, self.offset))
 
-    def _drop(self) -> None:
-        """Nobody waits for it any more: it ends here, and is skipped when its time has come."""
+    def cancel(self) -> None:
+        """Nobody waits for it any more: if it is still held back it ends here, and is skipped when its time has come."""
+        if self.io is None:
+            super().cancel()
+            return
         self.io = None
         self.leg.held -= 1
         self.finish(asyncio.CancelledError())

@@ -221,7 +221,22 @@ async def test_sizes_are_checked_again_without_lines() -> None:
 
 async def test_construct_of_table_is_the_same_target() -> None:
     disks = FakeDisk("7:0"), FakeDisk("7:1")
-    table = await build("0 32 striped 2 16 7:0 8 7:1 16\n32 8 linear 7:0 0\n40 8 zero\n48 8 error", *disks)
+    text = """
+        0 32 striped 2 16 7:0 8 7:1 16
+        32 8 linear 7:0 0
+        40 8 zero
+        48 8 error
+        56 8 delay 7:0 0 1 7:1 8 2 7:0 16 3
+        64 8 flakey 7:1 0 1 2 8 error_writes corrupt_bio_byte 1 r 2 3 seed 4
+        72 8 dust 7:0 8 1024
+        80 8 log-writes 7:0 7:1
+        88 8 unstriped 2 4 1 7:0 8
+        96 8 switch 2 3 0 7:0 1 7:1 2
+        104 8 ebs 7:1 16 1 8
+    """
+    table = await build(text, *disks)
+    assert [line.params for line in table.table_lines()] == [line.split(None, 3)[3] if line.split()[3:] else ""
+                                                             for line in text.strip().splitlines()]  # fmt: skip
     again = await build("".join(f"{a} {b} {c} {d}\n" for a, b, c, d in table.table_lines()), *disks)
     assert again.table_lines() == table.table_lines()
 

@@ -60,7 +60,7 @@ class Tables:
     name = "table"
     words: Sequence[bytes] = [
         *NUMBERS, *(name.encode() for name in TARGETS), b"7:0", b"7:1", b"disk7:0", b"/dev/mapper/x", b"\n", b"message",
-        b"\\ ", b"#", b"2", b"3", b"delay", b"flakey", b"crypt", b"nbd://h/x",
+        b"\\ ", b"#", b"2", b"3", b"drop_writes", b"seed", b"enable", b"nbd://h/x",
     ]  # fmt: skip
     seeds: Sequence[Pieces] = [
         _line("0", "1024", "linear", "7:0", "0"), [*_line("0", "1024", "zero"), b"message", b"0 hello"],
@@ -71,6 +71,13 @@ class Tables:
         _line("0", "64", "crypt", "aes-cbc-essiv:sha256", "babe" * 8, "0", "7:0", "0", "1", "allow_discards"),
         _line("0", "64", "crypt", "aes-xts-plain64", ":64:logon:home", "8", "7:0", "0", "1", "sector_size:4096"),
         [*_line("0", "64", "crypt", "aes", "00" * 16, "0", "7:0", "0"), b"message", b"0 key set", b"11" * 16],
+        _line("0", "64", "delay", "7:0", "0", "1", "7:1", "0", "0", "7:0", "8", "1"),
+        _line("0", "64", "flakey", "7:0", "0", "0", "1", "8", "drop_writes", "corrupt_bio_byte", "1", "r", "2", "0", "seed", "1"),
+        _line("0", "64", "flakey", "7:0", "0", "0", "1", "4", "random_read_corrupt", "9", "random_write_corrupt", "9"),
+        [*_line("0", "64", "dust", "7:0", "0", "512"), b"message", b"0 addbadblock 3 1", b"message", b"0 enable"],
+        [*_line("0", "64", "switch", "2", "8", "0", "7:0", "0", "7:1", "0"), b"message", b"0 set_region_mappings 0:1 :0 R2,5"],
+        [*_line("0", "64", "log-writes", "7:0", "7:1"), b"message", b"0 mark here"],
+        _line("0", "64", "unstriped", "2", "16", "1", "7:0", "8") + _line("64", "64", "ebs", "7:1", "8", "1", "8"),
         _line("#", "comment") + _line("0", "8", "zero"), _line("0", "1024", "linear", r"disk\7:0", "0"),
     ]  # fmt: skip
 
@@ -117,7 +124,8 @@ class Tables:
                 outcome.append(re.sub("[0-9]+|'.*'", "", error.message)[:20])
         for io, offset in ((Io(READ, 512, memoryview(bytearray(512))), table.size - 512), (Io(DISCARD, table.size), 0)):
             try:
-                await table.submit(io, offset)
+                if not await finish(table.submit(io, offset)):
+                    outcome.append("held back")
             except NbdmapError as error:
                 outcome.append(str(error.errno))
         extents = await table.extents(0, min(table.size, 1 << 40))
