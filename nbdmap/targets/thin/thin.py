@@ -3,8 +3,8 @@
     0 2097152 thin /dev/mapper/pool 0
     0 2097152 thin /dev/mapper/pool 1 /dev/external_origin
 
-A read or write inside of a block that is this volume's alone costs one look-up in a dictionary and goes to the data device;
-everything else is in provision.py.
+A read or write inside of a block that is this volume's alone costs one look-up in a dictionary and goes to the data device, a
+read of one that is shared two; everything else is in provision.py.
 """
 
 from collections.abc import AsyncIterator, Sequence
@@ -43,6 +43,7 @@ class Thin(Target):
         self._owner: Owner | None = spec.owner
         self._pool = volume.pool
         self._own = volume.own
+        self._shared = volume.shared
         self._size = self._pool.block_size
         self._data = self._pool.data
         self._track = self._pool.flights.track
@@ -78,6 +79,8 @@ class Thin(Target):
         block, inside = divmod(offset - self.begin, self._size)
         if inside + io.length <= self._size:
             address = self._own.get(block)
+            if address is None and io.op is READ:
+                address = self._shared.get(block)
             if address is not None and (io.op is READ or (io.op is WRITE and not io.flags)):
                 pending = self._data.submit(io, address + inside)
                 return pending if pending is DONE else self._track(pending)
@@ -97,6 +100,8 @@ class Thin(Target):
         while done < io.length:
             length = min(size - inside, io.length - done)
             known = self._own.get(block)
+            if known is None and io.op is READ:
+                known = self._shared.get(block)
             if known is None:
                 put()
                 pieces.append(self._slow(io.part(done, length), block, inside))
