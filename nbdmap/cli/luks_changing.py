@@ -46,7 +46,7 @@ def make(args: argparse.Namespace) -> int:
     where = args.header or args.image
     detached = args.header is not None
     with (
-        FileImage(where, write=True, create=detached) as image,
+        FileImage(where, write=True, create=detached, alone=True) as image,
         wiping(_volume_key(args, bits // 8)) as key,
     ):
         data_size = _size(args.image) if detached else image.size
@@ -138,7 +138,7 @@ def remove_key(args: argparse.Namespace) -> int:
         else:
             slot = args.key_slot
             header.check_slot(slot)
-            if not args.batch_mode and len(header.slots) > 1:
+            if not args.batch_mode:
                 _prove_another(args, header, slot)
         if len(header.slots) == 1 and not args.batch_mode and not confirmed(
             "This is the last key slot. Without it the data is lost for ever."
@@ -160,9 +160,9 @@ def _slot_to_remove(args: argparse.Namespace, header: volume.Header) -> int:
 
 
 def _prove_another(args: argparse.Namespace, header: volume.Header, slot: int) -> None:
-    """So that nobody locks himself out by a mistake. Raises PassphraseRefused."""
+    """So that nobody locks himself out by a mistake; of the last slot it is its own. Raises PassphraseRefused."""
     with wiping(old_key(args, "any remaining passphrase")) as passphrase:
-        unlocked = header.unlock(passphrase, without=slot)
+        unlocked = header.unlock(passphrase, without=slot if len(header.slots) > 1 else None)
         wipe(unlocked.key)
 
 

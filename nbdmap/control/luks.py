@@ -10,7 +10,7 @@ loaded. Passphrases are tried in a thread, and nothing waits for it when nobody 
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import NamedTuple
 
 from nbdmap.block.device import Device
@@ -118,15 +118,17 @@ async def unlocked(
     """
     opened: list[Device] = []
     images: list[DeviceImage] = []
-    try:
-        for reference in (wanted.disk, wanted.header or wanted.disk):
-            opened.append(await opener.open(reference, read_only=True))
-            images.append(DeviceImage(opened[-1]))
-        async with turn:
-            found = await _in_a_thread(lambda: _unlock(images[0], images[1], wanted, secret))
-    finally:
-        await to_the_end(_give_back(opener, opened, images))
-    with wiping(found.key) as key, KEYRING.holding(f"logon:{found.description}", key):
+    with ExitStack() as stack:
+        try:
+            for reference in (wanted.disk, wanted.header or wanted.disk):
+                opened.append(await opener.open(reference, read_only=True))
+                images.append(DeviceImage(opened[-1]))
+            async with turn:
+                found = await _in_a_thread(lambda: _unlock(images[0], images[1], wanted, secret))
+            key = stack.enter_context(wiping(found.key))
+        finally:
+            await to_the_end(_give_back(opener, opened, images))
+        stack.enter_context(KEYRING.holding(f"logon:{found.description}", key))
         yield found.table, found.uuid
 
 

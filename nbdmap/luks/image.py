@@ -32,19 +32,21 @@ class Image(Protocol):
 class FileImage:
     """A file or block device; with `create` a file that is missing is made, empty.
 
-    One that is written is locked (flock), as cryptsetup does with files: two who change a header at the same time would each
-    lose what the other did.
+    A block device that is to be had `alone` must not be mounted or part of another. What is written is locked (flock), as
+    cryptsetup does with files: two who change a header at the same time would each lose what the other did.
     """
 
-    def __init__(self, path: str, *, write: bool = False, create: bool = False) -> None:
+    def __init__(self, path: str, *, write: bool = False, create: bool = False, alone: bool = False) -> None:
         self.name = path
         self._fd = -1
         try:
+            flags = (os.O_RDWR if write else os.O_RDONLY) | (os.O_CREAT if create else 0) | os.O_CLOEXEC
             if not create or os.path.exists(path):
                 mode = os.stat(path).st_mode  # looked at before opening, as opening some devices does things
                 if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
                     raise InvalidArgument(f"{path} is neither a file nor a block device")
-            flags = (os.O_RDWR if write else os.O_RDONLY) | (os.O_CREAT if create else 0) | os.O_CLOEXEC
+                if alone and stat.S_ISBLK(mode):
+                    flags = (flags | os.O_EXCL) & ~os.O_CREAT
             self._fd = os.open(path, flags, 0o600)
             fcntl.flock(self._fd, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
@@ -52,6 +54,8 @@ class FileImage:
             self.close()
             if error.errno == errno.ENOENT:
                 raise NotFound(f"{path}: no such file") from None
+            if error.errno == errno.EBUSY:
+                raise Busy(f"{path} is in use: mounted, or part of another device") from None
             if error.errno == errno.EWOULDBLOCK:
                 raise Busy(f"{path}: another program is changing its header") from None
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

@@ -367,6 +367,14 @@ def test_the_last_key_is_asked_for(terminal: int) -> None:
     assert luks("open", "2.img", "--test-passphrase", "-d", "key") == 1, "no key slot can be used"
 
 
+@pytest.mark.parametrize("image", ["1.img", "2.img"])
+def test_the_last_key_slot_by_its_number(image: str) -> None:
+    assert luks("remove-key", image, "-S", "0", "-d", "wrong") == 2
+    assert opens(image, "key")
+    assert luks("remove-key", image, "-S", "0", "-d", "key") == 0
+    assert luks("open", image, "--test-passphrase", "-d", "key") == 1
+
+
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("info", "open", "format", "add-key", "remove-key"):
         assert luks(command, "--help") == 0

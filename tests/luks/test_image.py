@@ -1,6 +1,8 @@
 """Files and block devices that hold headers; and secrets that are wiped."""
 
+import errno
 import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,28 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         FileImage(path, write=True)
     with FileImage(path, write=True), pytest.raises(Busy):
         FileImage(path)
+
+
+def test_a_block_device_that_is_in_use(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The kernel tells, when it is asked for it alone."""
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setattr(stat, "S_ISBLK", lambda mode: True)
+    seen: list[int] = []
+    opened = os.open
+
+    def asked(path: str, flags: int, mode: int = 0) -> int:
+        seen.append(flags)
+        if flags & os.O_EXCL:
+            raise OSError(errno.EBUSY, "busy")
+        return opened(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", asked)
+    with FileImage(str(tmp_path / "file"), write=True):
+        assert not seen[0] & os.O_EXCL
+    for create in (False, True):
+        with pytest.raises(Busy, match="is in use: mounted, or part of another device"):
+            FileImage(str(tmp_path / "file"), write=True, create=create, alone=True)
+        assert not seen[-1] & os.O_CREAT
 
 
 def test_a_full_disk() -> None:
