@@ -175,7 +175,7 @@ def _unlock(disk: DeviceImage, header_disk: DeviceImage, wanted: LuksDisk, secre
     size = volume.data_size(segment, disk.name, disk.size, detached=bool(wanted.header))
     key = _volume_key(header, wanted, secret)
     description = f"cryptsetup:{header.uuid}" if isinstance(header, Luks1) else header.key_description()
-    word = f":{len(key)}:logon:{description}"
+    word = "-" if segment.encryption.startswith("cipher_null") else f":{len(key)}:logon:{description}"
     table = volume.table_line(segment, size, word, wanted.disk, wanted.options)
     return _Found(table, f"CRYPT-LUKS{header.version}-{header.uuid.replace('-', '')}-", description, key)
 

@@ -35,6 +35,7 @@ THEIRS: Final = (
     ("--type", "luks2", "--sector-size", "512", "--pbkdf", "argon2i", *ARGON2),
     ("--type", "luks2", "--sector-size", "4096", "-c", "twofish-xts-plain64", "-s", "512", *PBKDF2),
     ("--type", "luks2", "--sector-size", "4096", "--pbkdf", "argon2id", "--label", "home", *ARGON2),
+    ("--type", "luks2", "-c", "cipher_null-ecb", "-s", "256", *PBKDF2),
 )
 """What cryptsetup formats in the guest."""
 
