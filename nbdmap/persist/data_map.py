@@ -177,6 +177,15 @@ class DataMap:
         self._allocated += 1
         self.inc(block)
 
+    def give_up(self, block: int) -> None:
+        """Takes back what `give_again` did in this transaction: the block is free, as it was in the last commit."""
+        number, entry = divmod(block, ENTRIES)
+        self._given[number].remove(entry)
+        self._allocated -= 1
+        self.dec(block)
+        if self._open[0] == number:
+            self._open[1][entry] = 1
+
     async def _free(self, number: int) -> bytearray:
         """1 for each entry of a bitmap that can be given out."""
         free = await self._counts_at(int(self._entries[number]["block"])) == 0

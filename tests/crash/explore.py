@@ -215,7 +215,7 @@ async def record(scenario: Scenario, images: Sequence[bytes], rng: random.Random
             first[name] = await read_all(device)
     async with opened(scenario, log, start, weather) as stack:
         clients = {
-            name: Client(name, device, log, first[name], discard_zeroes=scenario.files)
+            name: Client(name, device, log, first[name], discard_zeroes=scenario.files or scenario.discard_zeroes)
             for name, device in stack.devices.items()
         }
         await scenario.recover(stack)

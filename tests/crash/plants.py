@@ -23,6 +23,7 @@ from tests.crash.multipath_plants import MULTIPATH_PLANTS
 from tests.crash.persist_plants import PERSIST_PLANTS
 from tests.crash.scenario import Scenario
 from tests.crash.stacks import SCENARIOS
+from tests.crash.thin_plants import THIN_PLANTS
 
 
 class Broken(Device):
@@ -401,6 +402,7 @@ PLANTS: Final[dict[str, Plant]] = {
     **{name: Plant("crypt", changes) for name, changes in CRYPT_PLANTS.items()},
     **{name: Plant("paths", _types(kind)) for name, kind in MULTIPATH_PLANTS.items()},
     **{name: Plant("persist", changes) for name, changes in PERSIST_PLANTS.items()},
+    **{name: Plant("thin", {"planted": planted}) for name, planted in THIN_PLANTS.items()},
 }
 
 

@@ -56,6 +56,8 @@ class Scenario:
     """The size of each disk."""
     files: ClassVar[bool] = False
     """The disks are FileDisks on simulated files; else RecordingDisks."""
+    discard_zeroes: ClassVar[bool] = False
+    """What clients discard reads as zeroes, as it does over files."""
 
     types: Mapping[str, type[Target]] = TARGETS
     device_type: type[MappedDevice] = MappedDevice

@@ -8,6 +8,7 @@ from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
 from tests.crash.persist import Persist
 from tests.crash.scenario import Scenario, Stack
+from tests.crash.thin import Thin
 from tests.support.disks import FakeOpener
 
 
@@ -141,6 +142,7 @@ _ALL: Final[tuple[type[Scenario], ...]] = (
     Delayed,
     Paths,
     Persist,
+    Thin,
 )
 
 SCENARIOS: Final[dict[str, type[Scenario]]] = {kind.name: kind for kind in _ALL}

@@ -13,6 +13,7 @@ from tests.crash.stacks import SCENARIOS, LinearFiles, StripedFiles
 
 SEEDS = {
     "linear": 8,
+    "thin": 6,
     "striped": 8,
     "stacked": 4,
     "crypt": 8,
@@ -27,7 +28,7 @@ SEEDS = {
 STATES = 500
 """How many states a run must have on average at least, so that a harness that does nothing is seen."""
 
-FEWER = {"persist": 200}
+FEWER = {"persist": 200, "thin": 400}
 """Where a state takes longer: the metadata of a whole pool is checked, before and after a commit."""
 
 Recorder = Callable[[str, object], None]

@@ -24,6 +24,13 @@ def thin_check(path: Path) -> None:
     assert done.returncode == 0, f"thin_check: {done.stdout}{done.stderr}"
 
 
+def thin_check_bytes(metadata: bytes | bytearray, directory: Path) -> None:
+    """As thin_check, for metadata in memory."""
+    path = directory / "metadata"
+    path.write_bytes(metadata)
+    thin_check(path)
+
+
 class ThinSite:
     """The disks "meta" (7:0) and "data" (7:1), the pool "pool" and its volumes."""
 
@@ -115,7 +122,7 @@ class ThinSite:
 
     def check(self) -> None:
         """thin_check over the metadata as it is on the disk."""
-        thin_check(self.save())
+        thin_check_bytes(self.meta.bytes, self._directory)
 
     def save(self) -> Path:
         """The metadata as a file."""

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from nbdmap.block.device import Device
-from nbdmap.block.io import FLUSH, Io
+from nbdmap.block.io import DISCARD, FLUSH, Io
 from nbdmap.dm.target import Owner
 from nbdmap.errors import Busy, Exists, InvalidArgument, IoFailed, NbdmapError, NoData, OutOfSpace, Requeue
 from nbdmap.persist.blocks import MAX_BLOCKS
@@ -50,6 +50,8 @@ class Pool(Space):
         """Data blocks that are given out and not (or no longer) mapped in the tree: a commit takes them for free."""
         self.dropped: list[int] = []
         """Loose blocks whose owner has let go of them."""
+        self.passing: list[int] = []
+        """Data blocks that nobody has any more, and that the data device is told of after the commit that says so."""
         self.generation = 0
         """Counts the aborts."""
         self.cached = 0
@@ -163,7 +165,7 @@ class Pool(Space):
     @property
     def needs_commit(self) -> bool:
         """Whether there is anything that a commit would write."""
-        return self.metadata.changed or bool(self.dropped) or any(volume.changed for volume in self.volumes.values())
+        return bool(self.dropped or self.passing) or self.metadata.changed or any(one.changed for one in self.volumes.values())
 
     async def commit(self) -> None:
         """Ends when all that was done before is durable, on the data device, too. Who asks meanwhile shares the next one."""
@@ -201,9 +203,8 @@ class Pool(Space):
             await self.changing(self._apply_and_write())
 
     async def transact(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Changes metadata with `work` and commits, with everything that was pending before. Raises what `work` raises,
-        after which nothing of it is left."""
-        await self.commit()
+        """Commits what is pending, changes metadata with `work`, and commits again. Raises what `work` raises, after which
+        nothing of it is left, and nothing else is lost."""
         async with self.commit_lock, self.lock:
             self.check_writable()
             if not self.metadata.metadata_free:
@@ -213,10 +214,11 @@ class Pool(Space):
             for volume in self.volumes.values():
                 volume.begin_apply()
             await self.changing(self._apply())
+            if self.needs_commit:
+                await self._flush_and_write()
             try:
                 await work()
             except (NoData, InvalidArgument, Busy, Exists):
-                await self._flush_and_write()
                 raise
             except OutOfSpace as error:
                 await self.abort(error, Mode.OUT_OF_METADATA)
@@ -256,24 +258,44 @@ class Pool(Space):
                 volume.applying = {}
                 volume.written += added
                 volume.fresh -= added
-            if volume.committing:
+            if volume.written != volume.recorded:
                 await self.metadata.set_details(volume.number, volume.written)
+                volume.recorded = volume.written
 
     async def _write(self) -> None:
         """Commits. Blocks that are loose are free in what is committed, and given out again afterwards."""
         self.loose.difference_update(self.dropped)
         self.metadata.data.dec_all(self.dropped)
         self.dropped.clear()
-        loose = sorted(self.loose)
-        self.metadata.data.dec_all(loose)
+        passing, self.passing = self.passing, []
+        data, loose = self.metadata.data, sorted([*self.loose, *passing])
+        data.dec_all(loose)
         await self.metadata.commit()
         for block in loose:
-            self.metadata.data.give_again(block)
+            data.give_again(block)
+        await self._pass_down(passing)
+        for block in passing:
+            data.give_up(block)
         for volume in self.volumes.values():
             volume.committing = False
         self._drop_closed()
         self.check_metadata_space()
         self.check_space()
+
+    async def _pass_down(self, blocks: list[int]) -> None:
+        """Tells the data device of blocks that are free, neighbours together. It need not understand."""
+        runs: list[tuple[int, int]] = []
+        for block in sorted(blocks):
+            if runs and runs[-1][1] == block:
+                runs[-1] = (runs[-1][0], block + 1)
+            else:
+                runs.append((block, block + 1))
+        size = self.block_size
+        for first, end in runs if self.passdown else ():
+            try:
+                await self.data.submit(Io(DISCARD, (end - first) * size), first * size)
+            except NbdmapError as error:
+                log.debug("thin pool on %s: discard: %s", self.metadata_device.name, error)
 
     async def abort(self, error: Exception, mode: Mode = Mode.READ_ONLY) -> None:
         """Goes back to the last commit, with the lock held: needs_check is set, and the mode is `mode` or worse."""
@@ -281,6 +303,7 @@ class Pool(Space):
         self.generation += 1
         self.loose.clear()
         self.dropped.clear()
+        self.passing.clear()
         try:
             superblock = self.metadata.superblock
             self.metadata = await Metadata.open(self.metadata_device, superblock.block_size_sectors, may_format=False)

@@ -1,11 +1,10 @@
 """What volumes do when a look-up in memory is not enough: provisioning, breaking of sharing, discards (reference h.4, h.5)."""
 
-from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from nbdmap.block.device import Device
-from nbdmap.block.io import DISCARD, FUA, READ, WRITE, WRITE_ZEROES, Io, Pending, run_all
-from nbdmap.errors import IoFailed, NbdmapError, OutOfSpace
+from nbdmap.block.io import FUA, READ, WRITE, WRITE_ZEROES, Io
+from nbdmap.errors import IoFailed, OutOfSpace
 from nbdmap.targets.thin.metadata import TIME_BITS
 from nbdmap.targets.thin.modes import Mode
 from nbdmap.targets.thin.pool import Pool
@@ -167,39 +166,32 @@ async def _discard(volume: Volume, first: int, end: int) -> None:
         await pool.flights.drain()
         async with pool.lock:
             pool.check_writable()
-            gone = await _unmap(volume, first, end)
-        if gone:
-            generation = pool.generation
-            try:
-                await run_all(_discards(pool, gone))
-            finally:
-                if pool.generation == generation:
-                    pool.dropped += gone
+            await _unmap(volume, first, end)
     finally:
         for block in blocks:
             volume.give_back(block)
 
 
-async def _unmap(volume: Volume, first: int, end: int) -> list[int]:
-    """Removes the mappings; the data blocks that must be passed down, which are kept, loose, until that is done."""
+async def _unmap(volume: Volume, first: int, end: int) -> None:
+    """Removes the mappings; what nobody has any more is passed down after the commit, and free then."""
     pool, metadata = volume.pool, volume.pool.metadata
-    gone: list[int] = []
     fresh: set[int] = set()
     for mappings in (volume.pending, volume.applying):
         for block in [block for block in mappings if first <= block < end]:
             fresh.add(block)
-            gone.append(mappings.pop(block) >> TIME_BITS)
+            gone = mappings.pop(block) >> TIME_BITS
+            pool.loose.discard(gone)
+            pool.passing.append(gone)
     before = [entry async for entry in metadata.mapped(volume.number, first, end)]
     fresh.difference_update([block for block, _ in before])
 
     async def remove() -> None:
         volume.written -= await metadata.remove_range(volume.number, first, end)
         if pool.passdown:
-            for value in [value >> TIME_BITS for _, value in before]:
-                if not await metadata.data.count(value):
-                    metadata.data.inc(value)
-                    pool.loose.add(value)
-                    gone.append(value)
+            for gone in [value >> TIME_BITS for _, value in before]:
+                if not await metadata.data.count(gone):
+                    metadata.data.inc(gone)
+                    pool.passing.append(gone)
 
     await pool.changing(remove())
     if fresh or before:
@@ -208,31 +200,8 @@ async def _unmap(volume: Volume, first: int, end: int) -> list[int]:
         if first <= volume.highest < end:
             volume.highest = await _highest_below(volume, first)
         pool.something_changed()
-    if not pool.passdown:
-        pool.dropped += gone
-        return []
-    return gone
 
 
 async def _highest_below(volume: Volume, first: int) -> int:
     new = [block for mappings in (volume.pending, volume.applying) for block in mappings]
     return max([*new, await volume.pool.metadata.highest(volume.number)], default=-1)
-
-
-def _discards(pool: Pool, blocks: Sequence[int]) -> list[Pending]:
-    """Discards of the data device, neighbours together."""
-    runs: list[list[int]] = []
-    for block in sorted(blocks):
-        if runs and runs[-1][1] == block:
-            runs[-1][1] += 1
-        else:
-            runs.append([block, block + 1])
-    size = pool.block_size
-    return [_hint(pool, Io(DISCARD, (end - first) * size), first * size) for first, end in runs]
-
-
-async def _hint(pool: Pool, io: Io, offset: int) -> None:
-    try:
-        await pool.data.submit(io, offset)
-    except NbdmapError:
-        pass  # the blocks are free whether or not the data device knows it

@@ -210,6 +210,12 @@ class Thin(Target):
             self._volume.handing_back = True
             self._pool.wake_parked()
 
+    async def postsuspend(self) -> None:
+        """What was acknowledged is durable, even if the pool is being suspended, too, and takes no flush any more."""
+        volume = self._volume
+        if not volume.handing_back and (volume.changed or volume.committing) and self._pool.mode < Mode.OUT_OF_METADATA:
+            await self._pool.commit()
+
     async def resume(self) -> None:
         """As ever."""
         self._volume.handing_back = False

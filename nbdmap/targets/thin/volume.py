@@ -36,6 +36,8 @@ class Volume:
         """Counts what makes a look-up on the disk that was begun before worthless."""
         self.written = details.mapped
         """Mappings in the tree."""
+        self.recorded = details.mapped
+        """Mappings according to the details that are in their tree."""
         self.fresh = 0
         """Those of pending and applying that had none before."""
         self.snapshotted = details.snapshotted
@@ -143,7 +145,7 @@ class Volume:
         self.changed = self.committing = False
         self.pending, self.applying, self.fresh = {}, {}, 0
         self.forget()
-        self.written = details.mapped if details else 0
+        self.written = self.recorded = details.mapped if details else 0
         self.snapshotted = details.snapshotted if details else 0
         self.highest = highest
 
