@@ -94,10 +94,9 @@ def fio(server: Server, load: Load, seconds: float) -> list[Job]:
         return finish_fio(process, seconds)
 
 
-def lean(server: Server, load: Load, seconds: float) -> tuple[float, int]:
+def lean(server: Server, way: str, block: int, depth: int, seconds: float) -> tuple[float, int]:
     """Runs the client of bench.pump; requests a second, and their number. Over a Unix socket only."""
-    way = "write" if load.writes else "read"
-    words = [str(server.place.socket), EXPORT, way, str(load.block), str(load.depth), str(seconds)]
+    words = [str(server.place.socket), EXPORT, way, str(block), str(depth), str(seconds)]
     log = server.place.site.unique("pump.log")
     with running([sys.executable, "-m", "bench.pump", *words], log, environment={"PYTHONPATH": str(REPOSITORY)}) as process:
         try:

@@ -7,7 +7,8 @@ from statistics import median
 from typing import Any, Self
 
 from bench.processes import Failed
-from bench.rows import Row, Sample
+from bench.rows import Row
+from bench.sample import Sample
 from bench.servers import Server, Unable, serving
 from bench.site import Site
 

@@ -1,8 +1,9 @@
-"""A client that costs next to nothing: `python -m bench.pump SOCKET EXPORT read|write BLOCK DEPTH SECONDS`.
+"""A client that costs next to nothing: `python -m bench.pump SOCKET EXPORT read|write|first BLOCK DEPTH SECONDS`.
 
 fio and libnbd spend more on a 4 KiB request than the servers do, so beside them a fast server mostly waits. This one has made
 its requests beforehand, counts replies by their size and never looks into them: what it measures is the server. A server that
 answers anything but success in simple replies is found out by the first wrong length or magic. Prints the requests done.
+`first` writes once into each 64 KiB of the export, in random order, and ends when it has done so or the time is over.
 """
 
 import random
@@ -33,6 +34,7 @@ from nbdmap.nbd.constants import (
 PREPARED: Final = 4096
 """Different requests; then the first comes again."""
 SEED: Final = 1
+CLUSTER: Final = 64 << 10
 
 
 def exactly(sock: socket.socket, count: int) -> bytes:
@@ -67,24 +69,28 @@ def connect(path: str, export: str) -> tuple[socket.socket, int]:
             size = int.from_bytes(text[2:10], "big")
 
 
-def prepare(size: int, write: bool, block: int) -> list[bytes]:
+def prepare(size: int, way: str, block: int) -> list[bytes]:
     """Random requests of one kind all over the export."""
     rng = random.Random(SEED)
-    command = Cmd.WRITE if write else Cmd.READ
-    payload = rng.randbytes(block) if write else b""
-    return [
-        REQUEST.pack(REQUEST_MAGIC, 0, command, cookie, rng.randrange(size // block) * block, block) + payload
-        for cookie in range(PREPARED)
-    ]
+    command = Cmd.READ if way == "read" else Cmd.WRITE
+    payload = b"" if way == "read" else rng.randbytes(block)
+    if way == "first":
+        offsets = rng.sample(range(0, size, CLUSTER), size // CLUSTER)
+    else:
+        offsets = [rng.randrange(size // block) * block for _ in range(PREPARED)]
+    return [REQUEST.pack(REQUEST_MAGIC, 0, command, at, offset, block) + payload for at, offset in enumerate(offsets)]
 
 
-def pump(sock: socket.socket, requests: Sequence[bytes], reply: int, depth: int, seconds: float) -> int:
-    """Keeps `depth` requests in flight and returns how many were answered."""
+def pump(sock: socket.socket, requests: Sequence[bytes], reply: int, depth: int, seconds: float, *, again: bool) -> int:
+    """Keeps `depth` requests in flight and returns how many were answered. `again`: those that were made are sent over and
+    over; else it ends when each was sent once."""
     buffer = bytearray(depth * reply)
     free, place, received, done = depth, 0, 0, 0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         if place + free > len(requests):
+            if not again:
+                break
             place = 0
         sock.sendall(b"".join(requests[place : place + free]))
         place += free
@@ -109,12 +115,11 @@ def main(arguments: Sequence[str]) -> int:
     """One run."""
     path, export, way, block, depth, seconds = arguments
     sock, size = connect(path, export)
-    write = way == "write"
-    requests = prepare(size, write, int(block))
-    reply = SIMPLE_REPLY.size + (0 if write else int(block))
+    requests = prepare(size, way, int(block))
+    reply = SIMPLE_REPLY.size + (int(block) if way == "read" else 0)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     begun = time.perf_counter()
-    done = pump(sock, requests, reply, int(depth), float(seconds))
+    done = pump(sock, requests, reply, int(depth), float(seconds), again=way != "first")
     print(done, done / (time.perf_counter() - begun))
     sock.sendall(REQUEST.pack(REQUEST_MAGIC, 0, Cmd.DISC, 0, 0, 0))
     sock.close()

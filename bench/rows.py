@@ -4,11 +4,12 @@ A row's work is run on each of its contestants in turn and gives one Sample. `at
 3 asks for, `at_most` the largest value that may come out.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
+from bench import peers
 from bench.clients import Load, background, fio, lean, nbdcopy, requests_of, rss_with_idle_clients
+from bench.sample import Sample, Work
 from bench.servers import ALL, NBDKIT, NBDMAP, STACKED, WITH_PURE, Contestant, Server, Transport
 from bench.site import Backing
 from nbdmap.units import GIB, KIB, MIB
@@ -16,20 +17,6 @@ from nbdmap.units import GIB, KIB, MIB
 IDLE_CLIENTS: Final = 1000
 FULL_SECONDS: Final = 1.0
 """Runs shorter than this are trials: fewer idle clients."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One measurement: the value in the row's unit, the server's CPU time for each of `count`, and details."""
-
-    value: float
-    cpu_seconds: float = 0.0
-    count: float = 0.0
-    extra: dict[str, float] = field(default_factory=dict)
-
-
-Work = Callable[[Server, float], Sample]
-"""Runs on a server for about so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +63,12 @@ def _loaded(load: Load, *, bytes_a_second: bool = False) -> Work:
     return run
 
 
-def _lean(load: Load) -> Work:
-    """Requests a second of a client that costs next to nothing."""
+def _lean(way: str, depth: int) -> Work:
+    """Requests of 4 KiB a second of a client that costs next to nothing."""
 
     def run(server: Server, seconds: float) -> Sample:
         before = server.process.cpu_seconds()
-        rate, done = lean(server, load, seconds)
+        rate, done = lean(server, way, 4 * KIB, depth, seconds)
         return Sample(rate, server.process.cpu_seconds() - before, done)
 
     return run
@@ -182,7 +169,7 @@ def _lean_rows() -> list[Row]:
     return [
         Row(
             Transport.UNIX, f"lean-{way}-4k-d{depth}", f"lean client: 4 KiB random {way}, depth {depth}", "IOPS",
-            _lean(Load(f"rand{way}", 4 * KIB, depth)), at_least=asked.get((way, depth)), dirties=way == "write",
+            _lean(way, depth), at_least=asked.get((way, depth)), dirties=way == "write",
             contestants=WITH_PURE,
         )
         for way in ("read", "write") for depth in (1, 32)
@@ -215,6 +202,39 @@ def _pairs() -> list[Row]:
     return rows
 
 
+def _peers() -> list[Row]:
+    """The targets beside what does the same in other servers."""
+    unix = Transport.UNIX
+    rows = []
+    for way, block, depth, at_least in (
+        ("read", 4 * KIB, 32, 1.5), ("write", 4 * KIB, 32, 1.5), ("read", 64 * KIB, 16, None), ("write", 64 * KIB, 16, None),
+        ("read", MIB, 4, 1.3), ("write", MIB, 4, 1.3),
+    ):  # fmt: skip
+        large = block >= MIB
+        short, long = _size(block)
+        load = Load(way if large else f"rand{way}", block, depth)
+        rows.append(
+            Row(
+                unix, f"luks-{way}-{short}-d{depth}", f"LUKS: {long} {'' if large else 'random '}{way}, depth {depth}",
+                "MiB/s" if large else "IOPS", _loaded(load, bytes_a_second=large), Backing.LUKS, peers.LUKS,
+                peers.LUKS[0].name, peers.LUKS[1].name, at_least, dirties=load.writes,
+            )
+        )  # fmt: skip
+    ours, qcow2 = peers.THIN[0].name, peers.THIN[-1].name
+    mapped = _loaded(Load("randread", 4 * KIB, 32))
+    rows += [
+        Row(unix, "thin-read-4k-d32", "thin, mapped blocks: 4 KiB random read, depth 32", "IOPS", mapped,
+            contestants=(peers.THIN[0], NBDMAP, peers.THIN[1]), subject=ours, baseline=NBDMAP.name, at_least=0.85, prepare=_fill),
+        Row(unix, "thin-first", "first 4 KiB write into each 64 KiB of a new thin volume, depth 32", "IOPS",
+            peers.first_writes(snapshot=False), Backing.THIN, peers.THIN, ours, qcow2, 1.5),
+        Row(unix, "thin-snapshot", "the same after a snapshot of a full one", "IOPS",
+            peers.first_writes(snapshot=True), Backing.THIN, peers.THIN, ours, qcow2, 1.5),
+        Row(unix, "delay", "4 KiB random read, each 2 ms late, depth 128", "IOPS", _loaded(Load("randread", 4 * KIB, 128)),
+            contestants=peers.DELAY, subject=peers.DELAY[0].name, baseline=peers.DELAY[1].name),
+    ]  # fmt: skip
+    return rows
+
+
 def _figures() -> list[Row]:
     unix = Transport.UNIX
     return [
@@ -232,5 +252,5 @@ def all_rows() -> list[Row]:
     for transport in Transport:
         rows += _speeds(transport) + _copies(transport)
         if transport is Transport.UNIX:
-            rows += _lean_rows() + _pairs()
+            rows += _lean_rows() + _pairs() + _peers()
     return rows + _figures()

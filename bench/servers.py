@@ -136,7 +136,7 @@ def _nbdmap(place: Place) -> list[str]:
 PURE: Final = "nbdmap, pure Python"
 
 PROGRAMS: Final[dict[str, Callable[[Place], list[str]]]] = {
-    "nbdmap": _nbdmap, PURE: _nbdmap, "nbdkit": _nbdkit, "qemu-nbd": _qemu_nbd, "nbd-server": _nbd_server,
+    "nbdmap": _nbdmap, "nbdkit": _nbdkit, "qemu-nbd": _qemu_nbd, "nbd-server": _nbd_server,
 }  # fmt: skip
 
 
@@ -147,23 +147,26 @@ class Contestant:
     name: str
     program: str
     backing: Backing | None = None
+    command: Callable[[Place], list[str]] | None = None
+    """How the program is started, where that is not as in PROGRAMS."""
 
 
-WITH_PURE: Final = tuple(Contestant(name, name) for name in PROGRAMS)
-ALL: Final = tuple(one for one in WITH_PURE if one.name != PURE)
+ALL: Final = tuple(Contestant(name, name) for name in PROGRAMS)
 NBDMAP, NBDKIT, QEMU_NBD, NBD_SERVER = ALL
+WITH_PURE: Final = (NBDMAP, Contestant(PURE, "nbdmap"), NBDKIT, QEMU_NBD, NBD_SERVER)
 STACKED: Final = Contestant("nbdmap, stacked", "nbdmap", Backing.STACK)
 
 
 class Server:
     """A server that runs."""
 
-    def __init__(self, name: str, process: Process, place: Place) -> None:
-        self.name = name
+    def __init__(self, contestant: Contestant, process: Process, place: Place) -> None:
+        self.contestant = contestant
+        self.name = contestant.name
         self.process = process
         self.place = place
         self.uri = place.uri(EXPORT)
-        self.asks_certificate = place.tls and name == NBD_SERVER.name
+        self.asks_certificate = place.tls and self.name == NBD_SERVER.name
         """It lets in no client without a certificate."""
 
 
@@ -192,15 +195,15 @@ def wait_until_up(place: Place, process: Process) -> None:
 def serving(site: Site, contestant: Contestant, transport: Transport, backing: Backing) -> Iterator[Server]:
     """A server for the length of a block. Raises Unable when it cannot do that, Failed when it does not start."""
     name = contestant.program
-    if PROGRAMS[name] is not _nbdmap and shutil.which(name) is None:
+    if name != "nbdmap" and shutil.which(name) is None:
         raise Unable(f"{name} is not installed")
     place = new_place(site, transport, contestant.backing or backing)
-    command = PROGRAMS[name](place)
+    command = (contestant.command or PROGRAMS[name])(place)
     pidfile = None
     if name == "nbd-server":  # makes itself a daemon: in the foreground it serves one client only
         pidfile = site.unique("pid")
         command += ["-p", str(pidfile)]
-    package = COMPILED if name == NBDMAP.program and COMPILED.is_dir() else REPOSITORY
+    package = COMPILED if contestant.name != PURE and COMPILED.is_dir() else REPOSITORY
     with running(command, site.unique(f"{name}.log"), pidfile=pidfile, environment={"PYTHONPATH": str(package)}) as process:
         wait_until_up(place, process)
-        yield Server(contestant.name, process, place)
+        yield Server(contestant, process, place)

@@ -7,6 +7,7 @@ copied into.
 import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from enum import StrEnum
@@ -28,6 +29,18 @@ class Backing(StrEnum):
     MEMORY = "memory"
     STACK = "stack"
     """data.img, through a stack of targets."""
+    LUKS = "luks.img"
+    """LUKS 1, by qemu-img; as large as data.img inside."""
+    THIN = "thin"
+    """A new thin volume of its server's own kind, FIRST_TIMES as large as data.img."""
+    SNAPSHOT = "snapshot"
+    """What THIN was, now that it has a snapshot."""
+    DELAY = "delay"
+    """data.img, late."""
+
+
+FIRST_TIMES: Final = 4
+PASSPHRASE: Final = "bench"
 
 
 class Site:
@@ -53,10 +66,12 @@ class Site:
 
     def file(self, backing: Backing) -> Path:
         """The file behind what is served."""
-        name = Backing.DATA if backing is Backing.STACK else backing
+        name = Backing.DATA if backing in (Backing.STACK, Backing.DELAY) else backing
         path = self.directory / name
         if not path.exists():
-            if name == Backing.DATA:
+            if name == Backing.LUKS:
+                _make_luks(path, self.size)
+            elif name == Backing.DATA:
                 _fill(path, self.size, every=1)
             elif name == Backing.SPARSE:
                 _fill(path, self.sparse_size, every=2)
@@ -66,6 +81,8 @@ class Site:
 
     def size_of(self, backing: Backing) -> int:
         """How large the export is."""
+        if backing in (Backing.THIN, Backing.SNAPSHOT):
+            return self.size * FIRST_TIMES
         return self.sparse_size if backing in (Backing.SPARSE, Backing.TARGET) else self.size
 
     def clear_target(self) -> None:
@@ -76,7 +93,7 @@ class Site:
 
     def settle(self, backing: Backing) -> None:
         """Writes back what the last client left dirty, so that the next one does not pay for it."""
-        if backing in (Backing.DATA, Backing.STACK):
+        if backing in (Backing.DATA, Backing.STACK, Backing.LUKS):
             descriptor = os.open(self.file(backing), os.O_RDONLY)
             try:
                 os.fdatasync(descriptor)
@@ -85,7 +102,7 @@ class Site:
 
     def warm(self, backing: Backing) -> None:
         """Reads the file once, so that it is in the page cache."""
-        if backing is not Backing.MEMORY:
+        if backing not in (Backing.MEMORY, Backing.THIN):
             with self.file(backing).open("rb", buffering=0) as file:
                 buffer = bytearray(MIB)
                 while file.readinto(buffer):
@@ -100,6 +117,18 @@ def _fill(path: Path, size: int, every: int) -> None:
         for number, start in enumerate(range(0, size, CHUNK * every)):
             file.seek(start)
             file.write((number.to_bytes(8, "big") + noise[8:])[: size - start])
+        os.fdatasync(file.fileno())
+
+
+def _make_luks(path: Path, size: int) -> None:
+    """AES-256-XTS in sectors of 512 bytes, with random bytes all over."""
+    secret = ["--object", f"secret,id=key,data={PASSPHRASE}", "-o", "key-secret=key,iter-time=200"]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "luks", *secret, str(path), str(size)], check=True)
+    noise = os.urandom(min(CHUNK, size))
+    with path.open("r+b", buffering=0) as file:
+        for start in range(path.stat().st_size - size, path.stat().st_size, len(noise)):
+            file.seek(start)
+            file.write(noise)
         os.fdatasync(file.fileno())
 
 

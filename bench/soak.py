@@ -21,7 +21,7 @@ from typing import Final
 from bench.clients import Load, finish_fio, idle_clients, nbdcopy, start_fio
 from bench.processes import Failed, Process, adopt_orphans, ended_by_signals, raise_descriptor_limit, running
 from bench.report import figure, markdown_table
-from bench.servers import EXPORT, REPOSITORY, Server, Transport, nbdmap_config, new_place, wait_until_up
+from bench.servers import EXPORT, NBDMAP, REPOSITORY, Server, Transport, nbdmap_config, new_place, wait_until_up
 from bench.site import Backing, Site, site
 from nbdmap.units import KIB, MIB
 
@@ -102,7 +102,7 @@ def soak(where: Site, seconds: float, tell: Callable[[Held], None]) -> list[Held
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     ) as process:  # fmt: skip
         wait_until_up(place, process)
-        server = Server("nbdmap", process, place)
+        server = Server(NBDMAP, process, place)
         while len(samples) < 3 or time.monotonic() < end:
             turn(server, length)
             time.sleep(SILENCE_SECONDS)
