@@ -56,6 +56,8 @@ class Device:
     read_only: bool
     limits: Limits
     openers: int = 0
+    holder: object = None
+    """Who keeps metadata on it and must be the only one, such as a thin pool; None if nobody does."""
     absent: bool = False
     """Not reached since it was opened: size 0, limits and read_only are not known yet."""
     ways: int = 0

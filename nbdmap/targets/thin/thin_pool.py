@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from functools import partial
 from typing import Final, Self
-from weakref import WeakKeyDictionary
 
 from nbdmap.block.device import Device, Limits
 from nbdmap.block.io import FLUSH, Io, Pending
@@ -25,9 +24,6 @@ from nbdmap.units import SECTOR, round_up
 
 MIN_BLOCK_SECTORS: Final = 128
 MAX_BLOCK_SECTORS: Final = 2097152
-
-_pools: "WeakKeyDictionary[Device, Pool]" = WeakKeyDictionary()
-"""By metadata device: a second pool on it would destroy it."""
 
 
 class ThinPool(Target):
@@ -59,7 +55,7 @@ class ThinPool(Target):
         low_water = args.number("low water mark")
         features = Features.parse(args)
         metadata, data = await spec.open(names[0]), await spec.open(names[1])
-        pool = _pools.get(metadata)
+        pool = _pool_on(metadata)
         if pool is None or not pool.users:
             pool = await _new_pool(spec, metadata, data, block_sectors, features)
         elif pool.owner is not spec.owner or spec.owner is None:
@@ -173,13 +169,18 @@ async def _new_pool(spec: Spec, metadata: Device, data: Device, block_sectors: i
         if isinstance(target, ThinPool):
             raise InvalidArgument("another pool cannot take the place of a pool")
     opened = await Metadata.open(metadata, block_sectors, may_format=not features.read_only)
-    known = _pools.get(metadata)
+    known = _pool_on(metadata)
     if known is not None and known.users:
         raise Busy(f"the metadata device {metadata.name} is in use by a pool")
     pool = Pool(spec.owner, metadata, data, opened)
     pool.features = features
-    _pools[metadata] = pool
+    metadata.holder = pool
     return pool
+
+
+def _pool_on(metadata: Device) -> Pool | None:
+    """The pool whose metadata the device has: a second one would destroy it."""
+    return metadata.holder if isinstance(metadata.holder, Pool) else None
 
 
 async def _create_thin(pool: Pool, number: int) -> None:
