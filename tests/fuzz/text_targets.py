@@ -78,6 +78,10 @@ class Tables:
         [*_line("0", "64", "switch", "2", "8", "0", "7:0", "0", "7:1", "0"), b"message", b"0 set_region_mappings 0:1 :0 R2,5"],
         [*_line("0", "64", "log-writes", "7:0", "7:1"), b"message", b"0 mark here"],
         _line("0", "64", "unstriped", "2", "16", "1", "7:0", "8") + _line("64", "64", "ebs", "7:1", "8", "1", "8"),
+        _line("0", "64", "multipath", "0", "1", "alua", "2", "1", "round-robin", "0", "1", "1", "7:0", "5",
+              "service-time", "0", "2", "2", "7:0", "1", "2", "7:1", "3", "0"),
+        _line("0", "64", "multipath", "4", "queue_mode", "bio", "pg_init_retries", "3", "0", "1", "1",
+              "historical-service-time", "2", "972", "0", "2", "1", "7:1", "1", "7:0", "1"),
         _line("#", "comment") + _line("0", "8", "zero"), _line("0", "1024", "linear", r"disk\7:0", "0"),
     ]  # fmt: skip
 
@@ -122,7 +126,9 @@ class Tables:
                 await table.target_at_sector(sector).message(Args(words[1:]))
             except NbdmapError as error:
                 outcome.append(re.sub("[0-9]+|'.*'", "", error.message)[:20])
-        for io, offset in ((Io(READ, 512, memoryview(bytearray(512))), table.size - 512), (Io(DISCARD, table.size), 0)):
+        block = table.limits.logical_block
+        reading = Io(READ, block, memoryview(bytearray(block)))
+        for io, offset in ((reading, table.size - block), (Io(DISCARD, table.size), 0)):
             try:
                 if not await finish(table.submit(io, offset)):
                     outcome.append("held back")

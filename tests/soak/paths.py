@@ -52,6 +52,12 @@ class Storage:
         self._process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wait_until(self._socket.exists)
 
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The one that runs."""
+        assert self._process is not None
+        return self._process
+
     def kill(self) -> None:
         """What a crash is."""
         if self._process is not None:
