@@ -313,6 +313,11 @@ class RemoteDisk(Device):
         """As Device.restarts."""
         return True
 
+    @property
+    def silence_s(self) -> float | None:
+        """How long the server may take to answer."""
+        return self._policy.silence_s
+
     def _look(self, seen: "Waiting | None", since: float) -> None:
         """Gives the connection up when its oldest request is still that which it was `silence_s` ago."""
         loop, silence_s = asyncio.get_running_loop(), self._policy.silence_s

@@ -379,6 +379,8 @@ def _describe(disk: Device) -> dict[str, object]:
             entry["limit"] = disk.limit
     elif isinstance(disk, RemoteDisk):
         entry["nbd"] = str(disk.uri)
+        if disk.silence_s is not None:
+            entry["timeout"] = f"{disk.silence_s * 1000:g}ms"
     entry["number"] = disk.number
     if disk.read_only:
         entry["read_only"] = True

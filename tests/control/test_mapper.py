@@ -12,6 +12,7 @@ import pytest
 from nbdmap.block.device import Device
 from nbdmap.block.file import FileDisk
 from nbdmap.block.memory import MemoryDisk
+from nbdmap.block.reconnect import Reconnect
 from nbdmap.block.remote import RemoteDisk
 from nbdmap.control import mapper as module
 from nbdmap.control.events import Events
@@ -347,6 +348,7 @@ async def test_disks_are_described_as_a_configuration_has_them(
     mapper.disks["direct"] = direct
     far = RemoteDisk.__new__(RemoteDisk)
     far.uri, far.number, far.read_only, far.openers = parse_uri("nbd://far/x"), "43:0", False, 0
+    far._policy = Reconnect(silence_s=1.5)
     with monkeypatch.context() as patch:
         patch.setitem(mapper._opened, ("far", False), far)
         described = mapper.describe_disks()
@@ -357,7 +359,7 @@ async def test_disks_are_described_as_a_configuration_has_them(
         "disk0": {"memory": 8192, "limit": 4096, "number": "1:1", "read_only": True},
         "direct": {"file": str(tmp_path / "b.img"), "direct": True, "number": "240:9", "read_only": True},
         "disk2": {"file": path, "number": "240:0"},  # one disk, in the mode that can do more
-        "disk3": {"nbd": "nbd://far/x", "number": "43:0"},
+        "disk3": {"nbd": "nbd://far/x", "timeout": "1500ms", "number": "43:0"},
     }
     for device in opened:
         await mapper.release(device)

@@ -86,6 +86,22 @@ class Group:
         usable.append(path)
         return path
 
+    def table(self) -> str:
+        """Its words in a table line, a blank behind each."""
+        selector = self.selector
+        head = f"{selector.name} {selector.own_words()} {len(self.paths)} {selector.table_words} "
+        return head + "".join(f"{path.device.number} {selector.table(path)} " for path in self.paths)
+
+    def status(self, *, in_use: bool) -> str:
+        """Its words in a status line, a blank behind each."""
+        selector = self.selector
+        state = "D" if self.disabled else "A" if in_use else "E"
+        words = [f"{state} {selector.own_words()} {len(self.paths)} {selector.info_words} "]
+        for path in self.paths:
+            info = selector.info(path)
+            words.append(f"{path.device.number} {'A' if path.active else 'F'} {path.failures} {info}{' ' if info else ''}")
+        return "".join(words)
+
 
 def why_unfit(device: Device, size: int, wanted: Limits, read_only: bool) -> str:
     """Why a device that was away when the table was loaded cannot be a path of `size` bytes, "" if it can."""

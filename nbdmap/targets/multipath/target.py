@@ -73,7 +73,8 @@ class Multipath(Target):
         self._repeating: asyncio.Task[None] | None = None
         self._in_flight = 0  # requests on all paths
         self._quiet: asyncio.Future[None] | None = None  # what `_repeating` waits for
-        self._flushing = asyncio.Lock()
+        self._relief = asyncio.Lock()
+        self._own_flushes: set[Io] = set()
         self._spec = spec
         self._limits = merge_limits([path.device.limits for path in self._paths if not path.device.absent])
         for path in self._paths:
@@ -200,16 +201,25 @@ class Multipath(Target):
     # --- what the storage may forget -----------------------------------------------------------------------------------
 
     async def _remember(self, io: Io, offset: int, mark: int) -> None:
-        """Takes note of what was acknowledged. Raises IoFailed for a flush after something was lost."""
+        """Takes note of what was acknowledged. Raises IoFailed for the first flush of a client after something was lost."""
         memory = self._memory
         memory.done(io, offset, mark, self._paths)
-        if io.op is FLUSH and memory.forgotten:
+        if io.op is FLUSH and memory.forgotten and io not in self._own_flushes:
             memory.forgotten = False
             raise IoFailed("multipath: the storage forgot writes that it had acknowledged, and would not take them again")
         if memory.full:
-            async with self._flushing:
+            async with self._relief:
                 if memory.full:
-                    await self.submit(Io(FLUSH, 0), self.begin)
+                    await self._flush()
+
+    async def _flush(self) -> None:
+        """A flush that no client asked for."""
+        io = Io(FLUSH, 0)
+        self._own_flushes.add(io)
+        try:
+            await self.submit(io, self.begin)
+        finally:
+            self._own_flushes.discard(io)
 
     async def _repeat(self) -> None:
         """Writes again what the storage may have forgotten, while nothing else is under way."""
@@ -322,12 +332,8 @@ class Multipath(Target):
 
     def table(self) -> str:
         """As it was loaded, with the present queue_if_no_path and all that selectors understand; a blank at the end."""
-        words = [self._features.words(self._queueing), f"{len(self._groups)} {self._group_number()} "]
-        for group in self._groups:
-            selector = group.selector
-            words.append(f"{selector.name} {selector.own_words()} {len(group.paths)} {selector.table_words} ")
-            words += [f"{path.device.number} {selector.table(path)} " for path in group.paths]
-        return "".join(words)
+        groups = "".join(group.table() for group in self._groups)
+        return f"{self._features.words(self._queueing)}{len(self._groups)} {self._group_number()} {groups}"
 
     def status(self) -> str:
         """`2 <waiting> 0 0 <#groups> <group> (<A|D|E> <words> <#paths> <#words> (<device> <A|F> <failures> <words>)...)...`
@@ -336,15 +342,8 @@ class Multipath(Target):
         first request, as in Linux today.
         """
         waiting = int(self._unused) if self._features.bio else self._waiting
-        words = [f"2 {waiting} 0 0 {len(self._groups)} {self._group_number()} "]
-        for group in self._groups:
-            selector = group.selector
-            state = "D" if group.disabled else "A" if group is self._group else "E"
-            words.append(f"{state} {selector.own_words()} {len(group.paths)} {selector.info_words} ")
-            for path in group.paths:
-                info = selector.info(path)
-                words.append(f"{path.device.number} {'A' if path.active else 'F'} {path.failures} {info}{' ' if info else ''}")
-        return "".join(words)
+        groups = "".join(group.status(in_use=group is self._group) for group in self._groups)
+        return f"2 {waiting} 0 0 {len(self._groups)} {self._group_number()} {groups}"
 
     def _group_number(self) -> int:
         """The group that the next request goes to, as far as that is known."""
@@ -410,12 +409,14 @@ class Multipath(Target):
     # --- suspend and resume --------------------------------------------------------------------------------------------
 
     async def presuspend(self, noflush: bool) -> None:
-        """Nothing waits from now on. With `queue_mode bio` the table shows that queue_if_no_path is off meanwhile."""
+        """Nothing waits, and nothing is written again, from now on. With `queue_mode bio` the table lacks queue_if_no_path."""
         self._noflush = noflush
         self._pushing_back = noflush
         if self._features.bio or not noflush:
             self._saved_queueing, self._queueing = self._queueing, False
         self._drive()
+        if self._repeating is not None:
+            await asyncio.wait((self._repeating,))
 
     async def postsuspend(self) -> None:
         """Flushes by one path what was written. Without a path there is nobody to flush: the device can be suspended still."""
@@ -423,7 +424,7 @@ class Multipath(Target):
         if self._noflush or self._spec.read_only or self._unused:
             return
         if self._valid:
-            await self.submit(Io(FLUSH, 0), self.begin)
+            await self._flush()
         else:
             _log.warning("multipath: suspended without a flush: there is no usable path")
 

@@ -720,3 +720,44 @@ async def test_a_flush_does_not_cover_what_was_acknowledged_while_it_was_under_w
     storage.disks[1].back()
     await made.checked()  # finds 8:0 dead: both were lost since the write
     assert await read(made.device, 0, 512) == b"1" * 512
+
+
+async def test_flushes_that_no_client_asked_for_do_not_hide_a_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage()
+    made = await ways("1 1 round-robin 0 1 0 8:0", features="1 queue_if_no_path", disks=[storage.disks[0]])
+    await write(made.device, 0, b"1" * 512)
+    storage.restart()
+    waiting = begin(write(made.device, 512, b"2" * 512))
+    await turns()
+    storage.disks[0].failure = lambda io, offset: IoFailed("full", errno.ENOSPC) if (io.op, offset) == (WRITE, 0) else None
+    await made.checked()
+    await waiting
+    monkeypatch.setattr("nbdmap.targets.multipath.memory.MAX_SIZE", 512)
+    await write(made.device, 1024, b"3" * 512)
+    await made.device.suspend()
+    await made.device.resume()
+    assert [entry[0] for entry in storage.disks[0].log].count("flush") >= 2
+    with pytest.raises(IoFailed, match="forgot writes"):
+        await made.device.submit(Io(FLUSH, 0), 0)
+
+
+async def test_a_suspend_waits_until_all_is_written_again() -> None:
+    storage = Storage()
+    made = await ways("1 1 round-robin 0 1 0 8:0", features="1 queue_if_no_path", disks=[storage.disks[0]])
+    await write(made.device, 0, b"1" * 512)
+    storage.restart()
+    waiting = begin(write(made.device, 512, b"2" * 512))
+    await turns()
+    storage.disks[0].back()
+    await made.say("reinstate_path", "8:0")
+    gate = storage.disks[0].gate = asyncio.Event()
+    await turns()
+    suspending = asyncio.ensure_future(made.device.suspend(noflush=True))
+    await turns()
+    assert not suspending.done()
+    gate.set()
+    await suspending
+    assert storage.cached[:1024] == b"1" * 512 + bytes(512)
+    await made.device.resume()
+    await waiting
+    assert storage.cached[512:1024] == b"2" * 512
