@@ -116,12 +116,15 @@ class Metadata:
 
     async def of(self, identity: int) -> Details:
         details = await self.details.lookup(identity)
-        assert details is not None
+        if details is None:
+            raise CorruptMetadata(f"volume {identity} has no details")
         return details
 
     async def count(self, identity: int, more: int) -> None:
         if more:
             mapped, *rest = await self.of(identity)
+            if mapped + more < 0:
+                raise CorruptMetadata(f"volume {identity} has fewer mappings than were removed")
             await self.details.insert(identity, (mapped + more, rest[0], rest[1], rest[2]))
 
     async def provision(self, identity: int, key: int) -> int:

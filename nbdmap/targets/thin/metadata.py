@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from nbdmap.block.device import Device
-from nbdmap.errors import Busy, Exists, InvalidArgument, NoData, NotPermitted
+from nbdmap.errors import Busy, CorruptMetadata, Exists, InvalidArgument, NoData, NotPermitted
 from nbdmap.persist.blocks import BLOCK, BlockStore, BlockType
 from nbdmap.persist.btree import Btree
 from nbdmap.persist.data_map import DataMap
@@ -257,7 +257,9 @@ class Metadata:
         return -1 if found is None else found[0]
 
     async def set_details(self, number: int, mapped: int) -> None:
-        """Writes down how many blocks a volume has."""
+        """Writes down how many blocks a volume has. Raises CorruptMetadata for less than none: what it had was wrong."""
+        if mapped < 0:
+            raise CorruptMetadata(f"volume {number} had {-mapped} more mappings than its details said")
         details = await self.volume(number)
         if details.mapped != mapped:
             await self.details.insert(number, details._replace(mapped=mapped))
