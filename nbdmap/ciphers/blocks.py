@@ -58,11 +58,15 @@ class Null:
     decrypt = encrypt
 
 
+ADIANTUM_ROUNDS: Final[Mapping[str, int]] = MappingProxyType({"xchacha12,aes": 12, "xchacha20,aes": 20})
+"""What adiantum is made of, and nothing else: the rounds of its stream."""
 KEY_SIZES: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
-    {"aes": (16, 24, 32), "cipher_null": (0,)} | libgcrypt.KEY_SIZES
+    {"aes": (16, 24, 32), "cipher_null": (0,), **dict.fromkeys(ADIANTUM_ROUNDS, (32,))} | libgcrypt.KEY_SIZES
 )
 """The ciphers and the bytes that their keys may have."""
-BLOCK_SIZES: Final[Mapping[str, int]] = MappingProxyType({"aes": 16, "cipher_null": 1} | libgcrypt.BLOCK_SIZES)
+BLOCK_SIZES: Final[Mapping[str, int]] = MappingProxyType(
+    {"aes": 16, "cipher_null": 1, **dict.fromkeys(ADIANTUM_ROUNDS, 16)} | libgcrypt.BLOCK_SIZES
+)
 
 
 def check_key_size(cipher: str, size: int) -> None:
@@ -86,4 +90,6 @@ def make_block(cipher: str, key: Key) -> Block:
         return Aes(key)
     if cipher == "cipher_null":
         return Null()
+    if cipher in ADIANTUM_ROUNDS:
+        raise NotFound(f"{cipher} is no block cipher")
     return libgcrypt.Gcrypt(cipher, key)

@@ -6,9 +6,9 @@ few or large sectors of AES, numpy over many otherwise, libgcrypt for the other 
 
 from typing import Protocol
 
-from nbdmap.ciphers import libcrypto, vintage
+from nbdmap.ciphers import adiantum, libcrypto, vintage
 from nbdmap.ciphers.arrays import Bytes, Key, Words
-from nbdmap.ciphers.blocks import BLOCK_SIZES, check_key_size, make_block, mode_block_size
+from nbdmap.ciphers.blocks import ADIANTUM_ROUNDS, BLOCK_SIZES, check_key_size, make_block, mode_block_size
 from nbdmap.ciphers.ivs import Ivs, make_ivs
 from nbdmap.ciphers.libgcrypt import GcryptMode
 from nbdmap.ciphers.modes import BySize, Cbc, Ctr, Ecb, Lrw, Mode, Scratch, Xts
@@ -74,13 +74,18 @@ def _iv_size(spec: CipherSpec) -> int:
     """Bytes of an IV. Raises NotFound for a cipher that there is not."""
     if spec.cipher not in BLOCK_SIZES:
         check_key_size(spec.cipher, 0)
-    return 0 if spec.chain_mode == "ecb" else BLOCK_SIZES[spec.cipher]
+    return {"ecb": 0, "adiantum": adiantum.IV_SIZE}.get(spec.chain_mode, BLOCK_SIZES[spec.cipher])
 
 
 def make_mode(spec: CipherSpec, key: Key, scratch: Scratch) -> Mode:
     """The chaining mode of `spec` over its cipher with `key`."""
     cipher, kind = spec.cipher, spec.chain_mode
     there_is_not = NotFound(f"cipher {spec.text!r}: there is no mode {kind}({cipher})")
+    if (kind == "adiantum") != (cipher in ADIANTUM_ROUNDS):
+        raise there_is_not
+    if kind == "adiantum":
+        check_key_size(cipher, len(key))
+        return adiantum.Adiantum(key, ADIANTUM_ROUNDS[cipher])
     if kind in ("xts", "lrw") and BLOCK_SIZES[cipher] != 16:
         raise there_is_not
     if kind == "ecb":

@@ -23,7 +23,9 @@ class Answer(NamedTuple):
 
 def read_answers() -> list[Answer]:
     found = []
-    for line in (Path(__file__).parent / "answers.txt").read_text().splitlines()[1:]:
+    for line in (Path(__file__).parent / "answers.txt").read_text().splitlines():
+        if line.startswith("#"):
+            continue
         spec, key_size, iv_offset, *rest = line.split("|")
         found.append(Answer(spec, int(key_size), int(iv_offset), *rest))
     return found

@@ -47,7 +47,7 @@ class Engine:
         self._device = device
         self._begin = begin
         self._shift = shift
-        self._cipher: SectorCipher
+        self._own: list[SectorCipher] = []  # the loop's, if there is a key
         self._others: SimpleQueue[SectorCipher] = SimpleQueue()
         self._threads = Threads("crypt")
         self._buffers = Buffers()
@@ -60,14 +60,14 @@ class Engine:
         """Encrypts with what `make` makes from now on. Not while a request is in flight."""
         ciphers = [make() for _ in range(THREADS + 1)]
         self._others = SimpleQueue()
-        self._cipher = ciphers.pop()
+        self._own = [ciphers.pop()]
         for cipher in ciphers:
             self._others.put(cipher)
 
     def forget(self) -> None:
         """Drops the ciphers, and with them the keys that the libraries hold."""
         self._others = SimpleQueue()
-        del self._cipher
+        self._own = []
 
     async def close(self) -> None:
         """Ends the threads."""
@@ -87,7 +87,7 @@ class Engine:
             if not self._arrived:
                 io.plug.add(self._decrypt_arrived)
             return self._arrive(io, self._sector(offset))
-        self._cipher.decrypt(self._sector(offset), io.data, io.data)
+        self._own[0].decrypt(self._sector(offset), io.data, io.data)
         return DONE
 
     def _arrive(self, io: Io, sector: int) -> Deferred:
@@ -125,7 +125,7 @@ class Engine:
             self._leaving.append((io, offset, deferred))
             return deferred
         data = self._buffers.take(io.length)
-        self._cipher.encrypt(self._sector(offset), io.data, data)
+        self._own[0].encrypt(self._sector(offset), io.data, data)
         return self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift)
 
     async def _encrypt_in_thread(self, io: Io, offset: int) -> None:
@@ -173,7 +173,7 @@ class Engine:
 
     def _all(self, encrypt: bool, pieces: list[Piece]) -> IoFailed | None:
         try:
-            (self._cipher.encrypt_all if encrypt else self._cipher.decrypt_all)(pieces)
+            (self._own[0].encrypt_all if encrypt else self._own[0].decrypt_all)(pieces)
         except Exception as error:
             log.exception("a cipher failed")
             return IoFailed(f"{'encryption' if encrypt else 'decryption'} failed: {error}")
