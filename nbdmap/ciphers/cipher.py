@@ -84,9 +84,13 @@ class SectorCipher:
 
     def _crypt_all(self, pieces: Sequence[Piece], *, encrypt: bool) -> None:
         """Small pieces are gathered into batches of up to PIECE bytes; the others go by themselves."""
-        if self._quick is not None and sum(len(piece[1]) for piece in pieces) <= self._few[not encrypt]:
+        total = sum([len(piece[1]) for piece in pieces])
+        if self._quick is not None and total <= self._few[not encrypt]:
             for piece in pieces:
                 self._crypt(*piece, encrypt=encrypt)
+            return
+        if total <= PIECE // 2:
+            self._gathered(pieces, encrypt)
             return
         batch: list[Piece] = []
         length = 0
@@ -103,7 +107,7 @@ class SectorCipher:
         if batch:
             self._gathered(batch, encrypt)
 
-    def _gathered(self, pieces: list[Piece], encrypt: bool) -> None:
+    def _gathered(self, pieces: Sequence[Piece], encrypt: bool) -> None:
         if len(pieces) == 1:
             self._crypt(*pieces[0], encrypt=encrypt)
             return

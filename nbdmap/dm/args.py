@@ -11,6 +11,7 @@ from typing import Final
 from nbdmap.errors import InvalidArgument
 
 _SPACE: Final = frozenset(" \t\n\v\f\r")
+MAX_SHOWN: Final = 30
 MAX_NUMBER: Final = (1 << 64) - 1
 
 
@@ -39,10 +40,15 @@ def split_words(text: str) -> list[str]:
     return words
 
 
+def shown(word: str) -> str:
+    """A word for an error's text; one so long that it may be a key is only told of."""
+    return repr(word) if len(word) <= MAX_SHOWN else f"a word of {len(word)} characters"
+
+
 def parse_number(word: str, what: str, low: int = 0, high: int = MAX_NUMBER) -> int:
     """The value of a decimal word. Raises InvalidArgument naming `what` when it is no number or outside low..high."""
     if not (word.isascii() and word.isdigit()):
-        raise InvalidArgument(f"{what}: {word!r} is not a decimal number")
+        raise InvalidArgument(f"{what}: {shown(word)} is not a decimal number")
     if len(word) > 20 or not low <= (value := int(word)) <= high:
         raise InvalidArgument(f"{what}: {word} is not in the range {low} to {high}")
     return value
@@ -81,4 +87,4 @@ class Args:
     def end(self) -> None:
         """Checks that every word was read."""
         if self:
-            raise InvalidArgument(f"unexpected word {self._words[self._next]!r}")
+            raise InvalidArgument(f"unexpected word {shown(self._words[self._next])}")
