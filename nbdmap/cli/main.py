@@ -52,10 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from nbdmap.cli.usage import serve
 
         return serve(arguments[1:])
-    if arguments and arguments[0] == "luks":
-        from nbdmap.cli.luks import main as luks
-
-        return luks(arguments[1:])
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -64,7 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FileNotFoundError:  # it was removed
         directory = "/"
     try:
-        status = run(arguments, Connection, Surroundings(sys.stdin, sys.stdout, sys.stderr, os.environ, directory))
+        if arguments and arguments[0] == "luks":
+            from nbdmap.cli.luks import main as luks
+
+            status = luks(arguments[1:])
+        else:
+            status = run(arguments, Connection, Surroundings(sys.stdin, sys.stdout, sys.stderr, os.environ, directory))
         sys.stdout.flush()
     except BrokenPipeError:  # `nbdmap events | head`: who read it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

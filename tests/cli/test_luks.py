@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -358,13 +359,12 @@ def test_format_asks_first(terminal: int, answer: str, status: int, place: Path)
     assert any((place / "new.img").read_bytes()) == (status == 0)
 
 
-def test_the_last_key_is_asked_for(terminal: int) -> None:
-    os.write(terminal, b"no\n")
-    assert luks("remove-key", "2.img", "key") == 1
-    assert opens("2.img", "key")
-    os.write(terminal, b"YES\n")
-    assert luks("remove-key", "2.img", "key") == 0
-    assert luks("open", "2.img", "--test-passphrase", "-d", "key") == 1, "no key slot can be used"
+@pytest.mark.parametrize(("answer", "status", "left"), [("no", 1, 1), ("YES", 0, 0)])
+def test_the_last_key_is_asked_for(terminal: int, answer: str, status: int, left: int) -> None:
+    os.write(terminal, f"{answer}\n".encode())
+    assert luks("remove-key", "2.img", "key") == status
+    with FileImage("2.img") as image:
+        assert len(volume.read(image).slots) == left
 
 
 @pytest.mark.parametrize("image", ["1.img", "2.img"])
@@ -373,6 +373,19 @@ def test_the_last_key_slot_by_its_number(image: str) -> None:
     assert opens(image, "key")
     assert luks("remove-key", image, "-S", "0", "-d", "key") == 0
     assert luks("open", image, "--test-passphrase", "-d", "key") == 1
+
+
+def test_a_prompt_is_interrupted(terminal: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 130, no traceback, and the terminal as it was."""
+    before = termios.tcgetattr(terminal)
+
+    def interrupted(fd: int) -> bytearray:
+        assert not termios.tcgetattr(fd)[3] & termios.ECHO
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(luks_secrets, "_line", interrupted)
+    assert luks("open", "2.img", "--test-passphrase") == 130
+    assert termios.tcgetattr(terminal) == before
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
