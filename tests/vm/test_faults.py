@@ -177,6 +177,9 @@ section suspending
 dmsetup load slow --table '0 128 delay /dev/vdb {REST} 3000000'; dmsetup resume slow
 r slow 0 8 >/tmp/r1 & r slow 8 8 >/tmp/r2 & usleep 400000
 dmsetup status slow; dmsetup suspend slow; wait; dmsetup status slow; dmsetup resume slow; dmsetup remove slow
+section cycle
+dmsetup create cycle --table '0 128 flakey /dev/vdb {REST} 3 2 1 error_reads'
+for seconds in 1 3 2; do sleep $seconds; r cycle 0 8 | sed 's/^[0-9a-f]*$/well/'; done; dmsetup remove cycle
 """
 LOGGING: Final = f"""
 section logging
@@ -222,6 +225,7 @@ def test_the_kernel_does_the_same(newer: Kernel, tmp_path: Path) -> None:
         assert not different, f"disk {number}, sectors {different}"
     assert sections["delaying"].splitlines() == ["0 128 delay 2 1 0", "ok", "0 128 delay 0 0 0"]
     assert sections["suspending"].splitlines() == ["0 128 delay 2 0 0", "0 128 delay 0 0 0"]
+    assert sections["cycle"].split() == ["well", "failed", "well"]    # after 1, 4 and 6 s of 3 up, 2 down
     assert asyncio.run(logged_here(sections["logging"])) == load(images[3].read_bytes()[REST * 512 :])
     versions = dict(line.split() for line in sections["versions"].splitlines())
     for name in ("delay", "flakey", "log-writes", "switch", "unstriped"):
