@@ -24,7 +24,7 @@ from enum import IntFlag
 from typing import Annotated, Final, Self
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import CACHE, DISCARD, FLUSH, FUA, READ, WRITE, Io, Pending
+from nbdmap.block.io import CACHE, DISCARD, FLUSH, FUA, READ, WRITE, Continued, Io, Pending, to_the_end
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import InvalidArgument, NbdmapError
@@ -180,19 +180,28 @@ class LogWrites(Target):
     # --- the log -------------------------------------------------------------------------------------------------------
 
     async def _append(self, *entries: Logged) -> None:
-        """Writes entries behind those that came before, and ends when they are there."""
+        """Writes entries behind those that came before, and ends when they are there, also when it is cancelled: an entry of
+        which a part is missing would be the end of the log."""
         self._queue += entries
         async with self._appending:
             batch, self._queue = self._queue, []
             if not self._enabled or not batch:
                 return
+            work = self._write_batch(batch)
             try:
-                for piece, at in self._encode(batch):
-                    await self._log_device.submit(Io(WRITE, len(piece), memoryview(piece)), at)
-                if any(entry.flags & (Flag.FUA | Flag.MARK) for entry in batch):
-                    await self._write_superblock()
-            except NbdmapError as error:
-                self._disable(f"the log cannot be written: {error.message}")
+                yielded = work.send(None)
+            except StopIteration:
+                return
+            await to_the_end(Continued(work, yielded))
+
+    async def _write_batch(self, batch: Sequence[Logged]) -> None:
+        try:
+            for piece, at in self._encode(batch):
+                await self._log_device.submit(Io(WRITE, len(piece), memoryview(piece)), at)
+            if any(entry.flags & (Flag.FUA | Flag.MARK) for entry in batch):
+                await self._write_superblock()
+        except NbdmapError as error:
+            self._disable(f"the log cannot be written: {error.message}")
 
     def _encode(self, batch: Sequence[Logged]) -> Iterator[tuple[bytes, int]]:
         """The batch as pieces for the log device, each with its place. Ends before what does not fit, and all logging."""

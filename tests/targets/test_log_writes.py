@@ -221,6 +221,26 @@ async def test_a_log_that_fails_ends_the_logging_only(caplog: pytest.LogCaptureF
     await close(device)
 
 
+async def test_a_cancelled_request_leaves_no_gap_in_the_log() -> None:
+    device, _, log = await logged()
+    log.gate = asyncio.Event()
+    first = asyncio.create_task(write(device, 0, b"a" * 512, FUA))
+    second = asyncio.create_task(write(device, 512, b"b" * 512, FUA))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()
+    second.cancel()
+    await asyncio.sleep(0)
+    assert not first.done()
+    log.gate.set()
+    for task in (first, second):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    await write(device, 1024, b"c" * 512, FUA)
+    assert [entry.data[:1] for entry in load(bytes(log.bytes))] == [b"a", b"b", b"c"]
+    await close(device)
+
+
 async def test_discards_of_a_device_that_has_none_are_logged() -> None:
     disk, log = FakeDisk("7:0", SECTORS, Limits()), FakeDisk("7:1")
     device = await mapped("log", f"0 {SECTORS} log-writes 7:0 7:1", disk, log)
