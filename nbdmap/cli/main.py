@@ -64,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from nbdmap.cli.luks import main as luks
 
             status = luks(arguments[1:])
+        elif arguments and arguments[0] == "thin":
+            from nbdmap.cli.thin import main as thin
+
+            status = thin(arguments[1:])
         else:
             status = run(arguments, Connection, Surroundings(sys.stdin, sys.stdout, sys.stderr, os.environ, directory))
         sys.stdout.flush()

@@ -87,7 +87,7 @@ class Metadata:
         if not any(block):
             if not may_format:
                 raise NotPermitted(f"{device.name} has no metadata yet, and a read-only pool makes none")
-            return await cls._format(store, block_size_sectors)
+            return await cls.format(store, block_size_sectors)
         superblock = Superblock.read(block)
         if superblock.block_size_sectors != block_size_sectors:
             raise InvalidArgument(
@@ -104,7 +104,8 @@ class Metadata:
         return cls(tx, space, await DataMap.open(tx, superblock.data_map[:ROOT]), superblock)
 
     @classmethod
-    async def _format(cls, store: BlockStore, block_size_sectors: int) -> "Metadata":
+    async def format(cls, store: BlockStore, block_size_sectors: int) -> "Metadata":
+        """New metadata, committed, without data blocks so far."""
         space = MetadataMap.create(store.nr_blocks)
         tx = Transaction(store, space)
         data = DataMap.create(tx, 0)
@@ -136,7 +137,8 @@ class Metadata:
         self.superblock = replace(self.superblock, flags=self.superblock.flags | NEEDS_CHECK)
         await self.store.write_raw(0, self.superblock.sealed())
 
-    def _update(self, **fields: int) -> None:
+    def set_superblock(self, **fields: int) -> None:
+        """Changes fields of the superblock, with the next commit."""
         self.superblock = replace(self.superblock, **fields)  # type: ignore[arg-type]
         self.changed = True
 
@@ -197,7 +199,7 @@ class Metadata:
         await self.mappings.share(number, origin)
         await self.details.insert(origin, details._replace(snapshotted=now))
         await self.details.insert(number, Details(details.mapped, self.superblock.transaction_id, now, now))
-        self._update(time=now)
+        self.set_superblock(time=now)
 
     async def delete(self, number: int) -> None:
         """Removes a volume. Raises NoData."""
@@ -210,7 +212,7 @@ class Metadata:
         """Compare and swap. Raises InvalidArgument."""
         if self.superblock.transaction_id != current:
             raise InvalidArgument(f"the transaction id is {self.superblock.transaction_id}, not {current}")
-        self._update(transaction_id=new)
+        self.set_superblock(transaction_id=new)
 
     # --- mappings ------------------------------------------------------------------------------------------------------
 
@@ -276,7 +278,7 @@ class Metadata:
         self.tx.inc(self.superblock.details_root)
         copy = replace(self.superblock, data_map=bytes(128), metadata_map=bytes(128), held_root=0)
         block.data[:] = copy.sealed(block.number)
-        self._update(held_root=block.number)
+        self.set_superblock(held_root=block.number)
 
     async def release_snapshot(self) -> None:
         """Gives the metadata snapshot up. Raises InvalidArgument when there is none."""
@@ -287,5 +289,5 @@ class Metadata:
         await Btree(self.tx, DETAILS, copy.details_root).destroy()
         await Forest(self.tx, self.mappings.values, copy.mapping_root).destroy()
         self.tx.dec(held)
-        self._update(held_root=0)
+        self.set_superblock(held_root=0)
 
