@@ -104,12 +104,16 @@ def _context(tls: TlsEntry | None) -> ssl.SSLContext | None:
     return server_context(tls.certificates, tls.verify_peer) if tls else None
 
 
+def _nothing(number: int, frame: object) -> None:
+    """The handler of signals that come too late."""
+
+
 def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
     """What still comes finds a process that is ending anyway, and must not change its status."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     for number in _SIGNALS:
         loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, _nothing)  # not SIG_IGN: Python complains of a signal that came just before that
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 

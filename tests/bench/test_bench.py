@@ -106,11 +106,14 @@ def test_rows_are_named_once_and_found_by_pattern() -> None:
         choose("unix/mixed,nonsense")
 
 
-def test_what_issue_3_asks_for_is_asked_for() -> None:
+def test_what_the_issues_ask_for_is_asked_for() -> None:
     wanted = {row.name: (row.at_least, row.at_most) for row in all_rows() if row.at_least or row.at_most}
     assert wanted == {
         "unix/read-4k-d32": (3.0, None), "unix/write-4k-d32": (1.5, None), "unix/read-4k-d1": (1.0, None),
         "unix/read-1m-d4": (1.4, None), "unix/write-1m-d4": (1.2, None), "unix/read-4k-d32-x4": (1.6, None),
         "unix/lean-read-4k-d32": (3.0, None), "unix/lean-write-4k-d32": (1.5, None), "unix/lean-read-4k-d1": (1.0, None),
-        "unix/stack-read-4k-d32": (0.85, None), "unix/mixed": (None, 3.0), "unix/idle": (None, 64.0),
+        "unix/luks-read-4k-d32": (1.5, None), "unix/luks-write-4k-d32": (1.5, None), "unix/luks-read-1m-d4": (1.3, None),
+        "unix/luks-write-1m-d4": (1.3, None), "unix/thin-read-4k-d32": (0.85, None), "unix/thin-first": (1.5, None),
+        "unix/thin-snapshot": (1.5, None), "unix/stack-read-4k-d32": (0.85, None),
+        "unix/mixed": (None, 3.0), "unix/idle": (None, 64.0),
     }  # fmt: skip
