@@ -5,7 +5,7 @@ import os
 import random
 import resource
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,13 +259,13 @@ async def test_between_the_slices_of_a_large_write_others_have_their_turn(
 ) -> None:
     data = random.Random(1).randbytes(INLINE_WRITE)
     story: list[object] = []
-    write = disk._write_some_now
+    write = os.pwritev
 
-    def noting(part: memoryview, offset: int) -> int:
+    def noting(fd: int, parts: Sequence[memoryview], offset: int) -> int:
         story.append(offset)
-        return write(part, offset)
+        return write(fd, parts, offset)
 
-    monkeypatch.setattr(disk, "_write_some_now", noting)
+    monkeypatch.setattr(os, "pwritev", noting)
     task = asyncio.create_task(disk.submit(Io(WRITE, len(data), memoryview(data)), SECTOR))
     while not task.done():
         story.append("turn")
@@ -280,16 +280,16 @@ async def test_between_the_slices_of_a_large_write_others_have_their_turn(
 async def test_a_large_write_goes_on_in_a_thread_when_a_slice_was_slow(disk: FileDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     data = random.Random(1).randbytes(INLINE_WRITE)
     monkeypatch.setattr(file_module, "perf_counter_ns", itertools.count(0, SLOW_WRITE_NS + 1).__next__)
-    in_threads: list[int] = []
-    write = disk._write_now
+    story: list[tuple[int, bool]] = []
+    write = os.pwritev
 
-    def noting(part: memoryview, offset: int) -> None:
-        in_threads.append(offset)
-        write(part, offset)
+    def noting(fd: int, parts: Sequence[memoryview], offset: int) -> int:
+        story.append((offset, threading.current_thread() is threading.main_thread()))
+        return write(fd, parts, offset)
 
-    monkeypatch.setattr(disk, "_write_now", noting)
+    monkeypatch.setattr(os, "pwritev", noting)
     await disk.submit(Io(WRITE, len(data), memoryview(data)), 0)
-    assert in_threads == [WRITE_SLICE]
+    assert story == [(0, True), (WRITE_SLICE, False)]
     assert await read(disk, 0, len(data)) == data
 
 
