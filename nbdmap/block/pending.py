@@ -78,6 +78,9 @@ class Deferred(Coroutine[Any, Any, None]):
 
     def follow(self, pending: Pending) -> None:
         """Starts `pending` and ends as it does; until then a cancellation goes to it."""
+        if pending is DONE:
+            self.finish()
+            return
         if isinstance(pending, Deferred):
             self.on_cancel = pending.cancel
             pending.then(self.finish)

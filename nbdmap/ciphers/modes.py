@@ -120,25 +120,35 @@ class Cbc:
         np.copyto(target, plain)
 
 
-class Xts:
-    """XOR with the tweak, ECB, XOR with the tweak. The IV, encrypted with the second key, is the first tweak of its sector."""
+class _Tweaked:
+    """XOR with a tweak for each block, ECB, XOR with the tweak. `_mix` gives the tweaks, and the source with them."""
 
     iv_size = 16
 
-    def __init__(self, data: Block, tweak: Block, scratch: Scratch) -> None:
-        self._data = data
-        self._tweak = tweak
+    def __init__(self, block: Block, scratch: Scratch) -> None:
+        self._block = block
         self._scratch = scratch
 
     def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         tweaks, mixed = self._mix(ivs, source)
-        self._data.encrypt(mixed, self._scratch.behind(source.size))
+        self._block.encrypt(mixed, self._scratch.behind(source.size))
         np.bitwise_xor(words(mixed), tweaks, out=words(target))
 
     def decrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         tweaks, mixed = self._mix(ivs, source)
-        self._data.decrypt(mixed, self._scratch.behind(source.size))
+        self._block.decrypt(mixed, self._scratch.behind(source.size))
         np.bitwise_xor(words(mixed), tweaks, out=words(target))
+
+    def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
+        raise NotImplementedError
+
+
+class Xts(_Tweaked):
+    """The IV, encrypted with the second key, is the first tweak of its sector."""
+
+    def __init__(self, data: Block, tweak: Block, scratch: Scratch) -> None:
+        super().__init__(data, scratch)
+        self._tweak = tweak
 
     def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
         count = len(source)
@@ -225,29 +235,16 @@ class Ctr:
     decrypt = encrypt
 
 
-class Lrw:
-    """As Xts, but the tweak of a block is its number times the second key, in GF(2^128) with the last byte lowest.
+class Lrw(_Tweaked):
+    """The tweak of a block is its number times the second key, in GF(2^128) with the last byte lowest.
 
     The number is the IV, plus one for each block. The product is linear in the number: one table for each of its bytes.
     """
 
-    iv_size = 16
-
     def __init__(self, block: Block, key: Key, scratch: Scratch) -> None:
-        self._block = block
+        super().__init__(block, scratch)
         self._count = np.arange(scratch.sector_size // 16, dtype=np.uint64)
         self._tables = _products(key)
-        self._scratch = scratch
-
-    def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
-        tweaks, mixed = self._mix(ivs, source)
-        self._block.encrypt(mixed, self._scratch.behind(source.size))
-        np.bitwise_xor(words(mixed), tweaks, out=words(target))
-
-    def decrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
-        tweaks, mixed = self._mix(ivs, source)
-        self._block.decrypt(mixed, self._scratch.behind(source.size))
-        np.bitwise_xor(words(mixed), tweaks, out=words(target))
 
     def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
         first = words(ivs).byteswap()

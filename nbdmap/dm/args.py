@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from nbdmap.errors import InvalidArgument
+from nbdmap.units import MAX_SIZE, SECTOR
 
 _SPACE: Final = frozenset(" \t\n\v\f\r")
 MAX_SHOWN: Final = 30
@@ -74,6 +75,10 @@ class Args:
     def number(self, what: str, low: int = 0, high: int = MAX_NUMBER) -> int:
         """The next word as a number in low..high."""
         return parse_number(self.word(what), what, low, high)
+
+    def start(self, what: str = "start sector") -> int:
+        """The next word, a number of sectors, in bytes."""
+        return self.number(what, 0, MAX_SIZE // SECTOR) * SECTOR
 
     def group(self, what: str, most: int) -> "Args":
         """An optional group at the end: a count and that many words; empty when nothing is left."""

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol, Self
 from mypy_extensions import mypyc_attr
 
 from nbdmap.block.device import Device, Extent, Limits
-from nbdmap.block.io import Io, Pending
+from nbdmap.block.io import Io, Pending, run_all
 from nbdmap.dm.args import Args
 from nbdmap.errors import InvalidArgument
 from nbdmap.units import SECTOR
@@ -181,6 +181,22 @@ class Target:
 
     async def close(self) -> None:
         """The table is being dropped. The devices of `spec.open` are given back by it."""
+
+
+def submit_chunks(io: Io, place: int, inside: int, chunk: int, submit: Callable[[Io, int, int], Pending]) -> Pending:
+    """A request that begins `inside` bytes into chunk `place`, cut at the borders of chunks of `chunk` bytes.
+
+    `submit(part, place, inside)` does what lies in one chunk; the parts run side by side.
+    """
+    pieces: list[Pending] = []
+    done = 0
+    while done < io.length:
+        length = min(chunk - inside, io.length - done)
+        pieces.append(submit(io.part(done, length), place, inside))
+        done += length
+        place += 1
+        inside = 0
+    return run_all(pieces)
 
 
 def merge_limits(all_limits: list[Limits]) -> Limits:

@@ -21,7 +21,7 @@ from nbdmap.block.io import CACHE, FLUSH, READ, Deferred, Io, Pending, run_all
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target, merge_limits
 from nbdmap.errors import InvalidArgument
-from nbdmap.units import MAX_SIZE, SECTOR
+from nbdmap.units import SECTOR
 
 MAX_DELAY_MS: Final = (1 << 32) - 1
 MAX_TURN: Final = 256
@@ -132,7 +132,7 @@ class Delay(Target):
         words: list[tuple[Device, int, int]] = []
         for what in ("", "write ", "flush ")[: len(args) // 3]:
             reference = args.word(f"{what}device")
-            start = args.number(f"{what}start sector", 0, MAX_SIZE // SECTOR) * SECTOR
+            start = args.start(f"{what}start sector")
             delay_ms = args.number(f"{what}delay", 0, MAX_DELAY_MS)
             words.append((await spec.open(reference), start, delay_ms))
         return cls(spec, words)

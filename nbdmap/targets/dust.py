@@ -21,7 +21,7 @@ from nbdmap.block.io import CACHE, DISCARD, READ, Failed, Io, Pending, run_all
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import InvalidArgument, IoFailed
-from nbdmap.units import GIB, MAX_SIZE, SECTOR
+from nbdmap.units import GIB, SECTOR
 
 MAX_BLOCK: Final = GIB
 MAX_FAILED_WRITES: Final = 255
@@ -51,7 +51,7 @@ class Dust(Target):
     async def construct(cls, spec: Spec, args: Args) -> Self:
         """A device, its first sector, and the size of a block."""
         reference = args.word("device")
-        start = args.number("start sector", 0, MAX_SIZE // SECTOR) * SECTOR
+        start = args.start()
         block = args.number("block size", SECTOR, MAX_BLOCK)
         args.end()
         if block & block - 1:

@@ -17,7 +17,7 @@ from nbdmap.block.io import CACHE, DISCARD, DONE, READ, WRITE, Io, Pending
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import InvalidArgument
-from nbdmap.units import MAX_SIZE, SECTOR, round_down, round_up
+from nbdmap.units import SECTOR, round_down, round_up
 
 MAX_EMULATED: Final = 4096
 """A page: no larger block can be emulated."""
@@ -56,7 +56,7 @@ class Ebs(Target):
     async def construct(cls, spec: Spec, args: Args) -> Self:
         """A device, its first sector, the block to emulate, and the device's block if it is not its logical block."""
         reference = args.word("device")
-        start = args.number("start sector", 0, MAX_SIZE // SECTOR) * SECTOR
+        start = args.start()
         emulated = _power("emulated block", args, MAX_EMULATED)
         given = _power("underlying block", args, MAX_UNDERLYING) if args else 0
         args.end()

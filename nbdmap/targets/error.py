@@ -11,7 +11,7 @@ from nbdmap.block.io import Failed, Io, Pending
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import IoFailed
-from nbdmap.units import MAX_SIZE, SECTOR
+from nbdmap.units import SECTOR
 
 
 class Error(Target):
@@ -34,7 +34,7 @@ class Error(Target):
         if len(args) != 2:
             return cls(spec, [])
         device = await spec.open(args.word("device"))
-        start = args.number("start sector", 0, MAX_SIZE // SECTOR) * SECTOR
+        start = args.start()
         return cls(spec, [Below(device, start, spec.length)])
 
     def submit(self, io: Io, offset: int) -> Pending:

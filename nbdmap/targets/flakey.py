@@ -21,7 +21,7 @@ from nbdmap.block.io import CACHE, DONE, FLUSH, FUA, READ, WRITE, Failed, Io, Op
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import InvalidArgument, IoFailed
-from nbdmap.units import MAX_SIZE, SECTOR
+from nbdmap.units import SECTOR
 
 MAX_WORDS: Final = 13
 """Of features: the kernel's 11, and `seed`."""
@@ -162,7 +162,7 @@ class Flakey(Target):
     async def construct(cls, spec: Spec, args: Args) -> Self:
         """A device and its first sector, two intervals in seconds, and the features."""
         reference = args.word("device")
-        start = args.number("start sector", 0, MAX_SIZE // SECTOR) * SECTOR
+        start = args.start()
         up_s = args.number("up interval", 0, MAX_UINT)
         down_s = args.number("down interval", 0, MAX_UINT)
         if not 0 < up_s + down_s <= MAX_UINT:

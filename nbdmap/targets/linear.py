@@ -11,7 +11,7 @@ from nbdmap.block.device import Device, Extent
 from nbdmap.block.io import Io, Pending
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
-from nbdmap.units import MAX_SIZE, SECTOR
+from nbdmap.units import SECTOR
 
 
 @mypyc_attr(allow_interpreted_subclasses=True)
@@ -31,9 +31,9 @@ class Linear(Target):
     async def construct(cls, spec: Spec, args: Args) -> Self:
         """Two words: the device and the first sector on it."""
         reference = args.word("device")
-        start = args.number("start sector", 0, MAX_SIZE // SECTOR)
+        start = args.start()
         args.end()
-        return cls(spec, await spec.open(reference), start * SECTOR)
+        return cls(spec, await spec.open(reference), start)
 
     def submit(self, io: Io, offset: int) -> Pending:
         """Passes the request down, shifted."""

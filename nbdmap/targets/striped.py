@@ -13,9 +13,9 @@ from typing import Self
 from nbdmap.block.device import Device, Extent, Limits
 from nbdmap.block.io import DISCARD, DONE, WRITE_ZEROES, Io, Pending, run_all
 from nbdmap.dm.args import Args
-from nbdmap.dm.target import Below, Spec, Target, merge_limits
+from nbdmap.dm.target import Below, Spec, Target, merge_limits, submit_chunks
 from nbdmap.errors import InvalidArgument, NbdmapError, Unsupported
-from nbdmap.units import MAX_SIZE, SECTOR
+from nbdmap.units import SECTOR
 
 MAX_EVENTS = 15
 """A stripe raises an event for its first errors only."""
@@ -62,7 +62,7 @@ class Striped(Target):
         stripes: list[Stripe] = []
         for number in range(count):
             device = await spec.open(args.word(f"device of stripe {number}"))
-            start = args.number(f"start of stripe {number}", 0, MAX_SIZE // SECTOR) * SECTOR
+            start = args.start(f"start of stripe {number}")
             stripes.append(Stripe(device, start))
         return cls(spec, chunk, stripes)
 
@@ -73,15 +73,7 @@ class Striped(Target):
         place, inside = divmod(offset - self.begin, self._chunk)
         if inside + io.length <= self._chunk:
             return self._piece(io, place, inside)
-        pieces: list[Pending] = []
-        done = 0
-        while done < io.length:
-            length = min(self._chunk - inside, io.length - done)
-            pieces.append(self._piece(io.part(done, length), place, inside))
-            done += length
-            place += 1
-            inside = 0
-        return run_all(pieces)
+        return submit_chunks(io, place, inside, self._chunk, self._piece)
 
     def _piece(self, io: Io, place: int, inside: int) -> Pending:
         row, number = divmod(place, len(self._stripes))

@@ -14,11 +14,11 @@ from array import array
 from typing import Final, NamedTuple, Self
 
 from nbdmap.block.device import Extent
-from nbdmap.block.io import Io, Pending, run_all
+from nbdmap.block.io import Io, Pending
 from nbdmap.dm.args import Args
-from nbdmap.dm.target import Below, Spec, Target
+from nbdmap.dm.target import Below, Spec, Target, submit_chunks
 from nbdmap.errors import InvalidArgument
-from nbdmap.units import MAX_SIZE, SECTOR
+from nbdmap.units import SECTOR
 
 MAX_UINT: Final = (1 << 32) - 1
 MAX_PATHS: Final = 1 << 16
@@ -66,24 +66,20 @@ class Switch(Target):
         paths: list[Below] = []
         for number in range(count):
             device = await spec.open(args.word(f"device of path {number}"))
-            start = args.number(f"start of path {number}", 0, MAX_SIZE // SECTOR) * SECTOR
+            start = args.start(f"start of path {number}")
             paths.append(Below(device, start, spec.length))
         return cls(spec, region, paths)
 
     def submit(self, io: Io, offset: int) -> Pending:
         """Sends each region's piece to its path, side by side."""
-        inside = offset - self.begin
-        number = inside // self._region
-        if inside + io.length <= (number + 1) * self._region:
-            device, start, _ = self._paths[self._map[number]]
-            return device.submit(io, start + inside)
-        pieces: list[Pending] = []
-        done = 0
-        while done < io.length:
-            length = min(self._region - (inside + done) % self._region, io.length - done)
-            pieces.append(self.submit(io.part(done, length), offset + done))
-            done += length
-        return run_all(pieces)
+        number, inside = divmod(offset - self.begin, self._region)
+        if inside + io.length <= self._region:
+            return self._piece(io, number, inside)
+        return submit_chunks(io, number, inside, self._region, self._piece)
+
+    def _piece(self, io: Io, number: int, inside: int) -> Pending:
+        device, start, _ = self._paths[self._map[number]]
+        return device.submit(io, start + number * self._region + inside)
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """Those of the paths' devices, region by region."""

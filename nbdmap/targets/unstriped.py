@@ -11,11 +11,11 @@ from dataclasses import replace
 from typing import Final, Self
 
 from nbdmap.block.device import Extent, Limits
-from nbdmap.block.io import Failed, Io, Pending, run_all
+from nbdmap.block.io import Failed, Io, Pending
 from nbdmap.dm.args import Args
-from nbdmap.dm.target import Below, Spec, Target
+from nbdmap.dm.target import Below, Spec, Target, submit_chunks
 from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError
-from nbdmap.units import MAX_SIZE, SECTOR
+from nbdmap.units import SECTOR
 
 MAX_UINT: Final = (1 << 32) - 1
 MAX_CHUNKS: Final = 1024
@@ -42,7 +42,7 @@ class Unstriped(Target):
         chunk = args.number("chunk size", 1, MAX_UINT) * SECTOR
         stripe = args.number("stripe", 0, stripes if stripes > 1 else MAX_UINT)
         reference = args.word("device")
-        start = args.number("start sector", 0, MAX_SIZE // SECTOR) * SECTOR
+        start = args.start()
         args.end()
         if spec.length % chunk:
             raise InvalidArgument(f"length {spec.length // SECTOR} is not a multiple of the chunk, {chunk // SECTOR}")
@@ -57,15 +57,7 @@ class Unstriped(Target):
         place, inside = divmod(offset - self.begin, self._chunk)
         if inside + io.length <= self._chunk:
             return self._piece(io, place, inside)
-        pieces: list[Pending] = []
-        done = 0
-        while done < io.length:
-            length = min(self._chunk - inside, io.length - done)
-            pieces.append(self._piece(io.part(done, length), place, inside))
-            done += length
-            place += 1
-            inside = 0
-        return run_all(pieces)
+        return submit_chunks(io, place, inside, self._chunk, self._piece)
 
     def _piece(self, io: Io, place: int, inside: int) -> Pending:
         below = self._place(place) + inside

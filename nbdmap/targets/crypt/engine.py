@@ -12,13 +12,12 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
 from nbdmap.block.buffers import Buffers
 from nbdmap.block.device import Device
-from nbdmap.block.io import DONE, WRITE, Continued, Deferred, Io, Pending
+from nbdmap.block.io import DONE, WRITE, Deferred, Io, Pending
 from nbdmap.block.threads import Threads
 from nbdmap.errors import IoFailed
 from nbdmap.units import KIB, SECTOR
@@ -54,7 +53,6 @@ class Engine:
         self._arrived: list[Deferred] = []  # reads whose ciphertext is there
         self._pieces: list[Piece] = []  # of those, in the same order
         self._leaving: list[tuple[Io, int, Deferred]] = []  # writes, with their offsets
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def use(self, make: Callable[[], "SectorCipher"]) -> None:
         """Encrypts with what `make` makes from now on. Not while a request is in flight."""
@@ -141,33 +139,7 @@ class Engine:
             if error is not None:
                 deferred.finish(error)
             else:
-                self._hand_down(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift, deferred)
-
-    def _hand_down(self, io: Io, offset: int, deferred: Deferred) -> None:
-        """Lets the device do `io`; `deferred` ends when that does."""
-        pending = self._device.submit(io, offset)
-        if pending is DONE:
-            deferred.finish()
-            return
-        if isinstance(pending, Deferred):
-            deferred.on_cancel = pending.cancel
-            pending.then(deferred.finish)
-            return
-        try:
-            yielded = pending.send(None)
-        except StopIteration:
-            deferred.finish()
-        except Exception as error:
-            deferred.finish(error)
-        else:
-            task: asyncio.Task[None] = asyncio.get_running_loop().create_task(Continued(pending, yielded))
-            self._tasks.add(task)
-            deferred.on_cancel = task.cancel
-            task.add_done_callback(partial(self._handed_down, deferred))
-
-    def _handed_down(self, deferred: Deferred, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        deferred.finish(asyncio.CancelledError() if task.cancelled() else task.exception())
+                deferred.follow(self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift))
 
     # --- both ----------------------------------------------------------------------------------------------------------
 

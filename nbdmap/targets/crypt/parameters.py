@@ -8,7 +8,7 @@ from typing import Final
 
 from nbdmap.dm.args import Args, parse_number
 from nbdmap.errors import InvalidArgument
-from nbdmap.units import MAX_SIZE, SECTOR
+from nbdmap.units import SECTOR
 
 MAX_OPTIONS: Final = 9
 MAX_SECTOR: Final = 4096
@@ -69,8 +69,3 @@ def parse_options(args: Args, length: int) -> Options:
     if length % sector_size:
         raise InvalidArgument(f"length {length // SECTOR} is not a multiple of sector_size {sector_size}")
     return Options(frozenset(flags), sector_size, large_sectors)
-
-
-def read_start(args: Args, what: str) -> int:
-    """A number of sectors, in bytes."""
-    return args.number(what, 0, MAX_SIZE // SECTOR) * SECTOR

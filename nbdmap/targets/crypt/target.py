@@ -21,7 +21,7 @@ from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import InvalidArgument, NotReady
 from nbdmap.targets.crypt.engine import Engine
 from nbdmap.targets.crypt.keys import KeyWord, wipe
-from nbdmap.targets.crypt.parameters import Options, parse_options, read_start
+from nbdmap.targets.crypt.parameters import Options, parse_options
 from nbdmap.units import SECTOR
 
 
@@ -61,7 +61,7 @@ class Crypt(Target):
         iv_offset_sectors = Args((offset_word,)).number("iv_offset")
         if iv_offset_sectors % (options.sector_size // SECTOR):
             raise InvalidArgument(f"iv_offset {iv_offset_sectors} is not a multiple of sector_size {options.sector_size}")
-        start = read_start(Args((start_word,)), "start sector")
+        start = Args((start_word,)).start()
         target = cls(spec, cipher, iv_offset_sectors, await spec.open(reference), start, options)
         try:
             await target._use(key)
