@@ -7,6 +7,7 @@ a row are one.
 """
 
 import asyncio
+import gc
 import logging
 import os
 import resource
@@ -104,17 +105,10 @@ def _context(tls: TlsEntry | None) -> ssl.SSLContext | None:
     return server_context(tls.certificates, tls.verify_peer) if tls else None
 
 
-def _nothing(number: int, frame: object) -> None:
-    """The handler of signals that come too late."""
-
-
-def _ignore_signals(loop: asyncio.AbstractEventLoop) -> None:
+def _ignore_signals() -> None:
     """What still comes finds a process that is ending anyway, and must not change its status."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     for number in _SIGNALS:
-        loop.remove_signal_handler(number)
-        signal.signal(number, _nothing)  # not SIG_IGN: Python complains of a signal that came just before that
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _with_port(uri: Uri) -> str:
@@ -149,9 +143,8 @@ class Program:
     async def run(self) -> int:
         """From the start to the end; the exit status. Raises NbdmapError when it cannot start."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._asked_to_stop, number)
-        loop.add_signal_handler(signal.SIGHUP, self._reload_due.set)
+        for number in _SIGNALS:  # not the loop's handlers: to remove those restores SIG_DFL, if only for a moment
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(self._on_signal, number))
         stopped = asyncio.ensure_future(self._stop.wait())
         work = asyncio.ensure_future(self._work())
         status = 0
@@ -162,7 +155,7 @@ class Program:
         finally:
             stopped.cancel()
             status = await self._end(work, status)
-            _ignore_signals(loop)
+            _ignore_signals()
         return status
 
     async def _work(self) -> int:
@@ -285,9 +278,11 @@ class Program:
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
-    def _asked_to_stop(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         now = time.monotonic()
-        if not self._stop_asked:
+        if number == signal.SIGHUP:
+            self._reload_due.set()
+        elif not self._stop_asked:
             self._stop_asked = now
             self._stop.set()
         elif now - self._stop_asked >= AGAIN_SECONDS:
@@ -308,6 +303,7 @@ class Program:
 
     async def _end(self, work: "asyncio.Future[int]", status: int) -> int:
         notify(os.environ, "STOPPING=1")
+        gc.disable()  # with 10,000 clients, it took a third of the time that the end took
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 work.cancel()

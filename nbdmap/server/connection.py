@@ -67,7 +67,8 @@ class Connection(asyncio.BufferedProtocol):
         self._tasks: set[asyncio.Task[None]] = set()
         self._deferred: set[Deferred] = set()
         self._leaving: asyncio.Task[None] | None = None
-        self._gone: asyncio.Future[None]
+        self.gone: asyncio.Future[None]
+        """Done when the client is gone, its requests are done and its device is given back. Not to be cancelled."""
         self._stopped = False  # nothing more is taken for now, for one of the reasons below
         self._choked = False  # the transport holds more than MAX_UNSENT
         self._reading = True
@@ -85,7 +86,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.set_write_buffer_limits(high=MAX_UNSENT)
         self._peer = _peer_name(self._transport)
         self._clients.add(self)
-        self._gone = asyncio.get_running_loop().create_future()
+        self.gone = asyncio.get_running_loop().create_future()
         self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._expire)
         if self._shared.closed:
             self._transport.abort()
@@ -371,8 +372,8 @@ class Connection(asyncio.BufferedProtocol):
         self._check_gone()
 
     def _check_gone(self) -> None:
-        if self._lost and not self._tasks and self._device is None and self._leaving is None and not self._gone.done():
-            self._gone.set_result(None)
+        if self._lost and not self._tasks and self._device is None and self._leaving is None and not self.gone.done():
+            self.gone.set_result(None)
 
     # --- the end -------------------------------------------------------------------------------------------------------
 
@@ -410,10 +411,6 @@ class Connection(asyncio.BufferedProtocol):
             self._handshake.shutting_down = True
             self._transport.close()
         self._end()
-
-    async def wait_closed(self) -> None:
-        """Ends when the client is gone, its requests are done and its device is given back."""
-        await asyncio.shield(self._gone)
 
     def cancel(self) -> None:
         """Cancels what is in flight: it is answered with ESHUTDOWN, and the client is left."""

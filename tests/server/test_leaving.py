@@ -91,7 +91,7 @@ async def test_a_device_is_given_back_even_if_the_stop_cancels_everything(monkey
         await turns()
         assert device.openers == 1
         let_go.set()
-        await connection.wait_closed()
+        await connection.gone
         assert device.openers == 0
 
 
@@ -109,6 +109,6 @@ async def test_a_device_that_does_not_close_in_good_order_is_logged(
         monkeypatch.setattr(stack.exports, "release", failing)
         with caplog.at_level(logging.ERROR):
             client.ask(Cmd.DISC, 1)
-            await connection.wait_closed()
+            await connection.gone
         assert "'a' was not closed in good order" in caplog.text
         assert "Input/output error" in caplog.text

@@ -568,7 +568,7 @@ async def test_a_connection_made_after_the_end_is_dropped() -> None:
     connection = Connection(made._exports, TlsMode.OFF, None, made._shared)
     await asyncio.get_running_loop().connect_accepted_socket(lambda: connection, ours)
     async with asyncio.timeout(5):
-        await connection.wait_closed()
+        await connection.gone
     assert theirs.recv(100) == b""
     theirs.close()
 

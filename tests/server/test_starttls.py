@@ -45,7 +45,7 @@ async def test_a_connection_lost_within_the_handshake_of_tls_is_forgotten(tmp_pa
     elif way == "stop":
         await listener.close()
     async with asyncio.timeout(5):
-        await client.wait_closed()
+        await client.gone
     assert not listener.clients
     writer.close()
     await listener.close()
