@@ -24,8 +24,9 @@ test-compiled: compiled              ## the tests of the compiled modules, on wh
 bench: packages compiled             ## nbdmap beside nbdkit, qemu-nbd and nbd-server on the same file
 	$(BIN)/python -m bench
 
-crash: $(VENV)/.dev                  ## a million crash states of every scenario on both cores
+crash: $(VENV)/.dev                  ## a million crash states of all scenarios, half a million more of thin, on both cores
 	$(BIN)/python -m tests.crash.main run --states $(or $(STATES),1000000) --jobs 2
+	$(BIN)/python -m tests.crash.main run --scenario thin --states $(or $(STATES),500000) --jobs 2 --seed 1000
 
 fuzz: $(VENV)/.dev                   ## make fuzz SECONDS=600
 	$(BIN)/python -m tests.fuzz $(or $(SECONDS),60)

@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nbdmap.errors import NbdmapError
 from nbdmap.units import SECTOR
 from tests.crash.clock import Deadlock, run
@@ -28,6 +30,14 @@ class Recording:
     log: WriteLog
     images: list[bytes]
     clients: dict[str, Client]
+
+
+@dataclass(slots=True)
+class Allowed:
+    """What each sector of each device may hold after a cut, and the last contents that were found right."""
+
+    sectors: Mapping[str, Sequence[frozenset[bytes] | None]]
+    good: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -90,7 +100,7 @@ class Explorer:
         moments = range(recording.log.now + 1)
         for at in moments if not most or len(moments) <= most else sorted(rng.sample(moments, most)):
             cut = Cut(recording.log, recording.images, at)
-            allowed = self.scenario.allowed(recording.clients, at)
+            allowed = Allowed(self.scenario.allowed(recording.clients, at))
             self.tally.cuts += 1
             for state in cut.states(rng, self.effort):
                 self.tally.states += 1
@@ -106,16 +116,16 @@ class Explorer:
         recording = await self._record_at(where, images, fresh=False)
         await self._cut_all(recording, where, self.nested_cuts, nested=True)
 
-    async def _fault(
-        self, recording: Recording, allowed: Mapping[str, Sequence[frozenset[bytes] | None]], at: int, images: Sequence[bytes]
-    ) -> str:
+    async def _fault(self, recording: Recording, allowed: "Allowed", at: int, images: Sequence[bytes]) -> str:
         """What is wrong with a state; "" if nothing is."""
         try:
             async with opened(self.scenario, WriteLog(), images, CALM) as stack:
                 await self.scenario.recover(stack)
                 for name, device in stack.devices.items():
-                    if found := wrong_sectors(name, await read_all(device), allowed[name]):
+                    data = await read_all(device)
+                    if found := wrong_sectors(name, data, allowed.sectors[name], allowed.good.get(name, b"")):
                         return found
+                    allowed.good[name] = data
                 await self.scenario.check(stack, recording.clients, at)
         except Violation as error:
             return str(error)
@@ -126,7 +136,7 @@ class Explorer:
     async def _tell(
         self,
         recording: Recording,
-        allowed: Mapping[str, Sequence[frozenset[bytes] | None]],
+        allowed: "Allowed",
         cut: Cut,
         state: State,
         where: "Where",
@@ -153,7 +163,7 @@ class Explorer:
             at, state = int(parts[index]), State.parse(parts[index + 1])
             images = Cut(recording.log, recording.images, at).images(recording.log, state)
             where = where.at(at, state)
-            fault = await self._fault(recording, self.scenario.allowed(recording.clients, at), at, images)
+            fault = await self._fault(recording, Allowed(self.scenario.allowed(recording.clients, at)), at, images)
             if fault:
                 raise Violation(where.told(fault))
             fresh = False
@@ -240,15 +250,23 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
-def wrong_sectors(name: str, data: bytes, allowed: Sequence[frozenset[bytes] | None]) -> str:
-    """Which sectors hold what they may not; "" if none does."""
+def wrong_sectors(name: str, data: bytes, allowed: Sequence[frozenset[bytes] | None], good: bytes = b"") -> str:
+    """Which sectors hold what they may not; "" if none does. `good`: contents that were found right before."""
     wrong: list[str] = []
-    for sector, values in enumerate(allowed):
+    for sector in differing(data, good) if len(good) == len(data) else range(len(allowed)):
+        values = allowed[sector]
         value = data[sector * SECTOR : (sector + 1) * SECTOR]
         if values is not None and value not in values:
             may = " or ".join(sorted(describe(one) for one in values))
             wrong.append(f"{name} sector {sector} holds {describe(value)}, may hold {may}")
     return "\n  ".join(wrong[:4])
+
+
+def differing(one: bytes, other: bytes) -> list[int]:
+    """The sectors in which two contents of the same length differ."""
+    unequal = np.frombuffer(one, np.uint64) != np.frombuffer(other, np.uint64)
+    sectors: list[int] = np.flatnonzero(unequal.reshape(-1, SECTOR // 8).any(axis=1)).tolist()
+    return sectors
 
 
 def simplified(cut: Cut, state: State) -> list[State]:
