@@ -15,13 +15,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nbdmap.block.device import Device
+from nbdmap.block.device import Device, Limits
 from nbdmap.block.io import DISCARD, FLUSH, FUA, READ, WRITE, WRITE_ZEROES, Io
 from nbdmap.errors import IoFailed
 from nbdmap.nbd.constants import Cmd
 from tests.crash.clock import run
 from tests.crash.cut import Cut, State
-from tests.crash.disks import CALM, LIMITS, Fault, Weather
+from tests.crash.disks import CALM, Fault, Weather
 from tests.crash.explore import opened, wrong_sectors
 from tests.crash.log import WriteLog
 from tests.crash.oracle import Client as Promises
@@ -97,8 +97,8 @@ class Plan(Weather):
 class Served(Device):
     """The export, as a device of the client: each request is sent at once and waits for its own reply."""
 
-    def __init__(self, client: Client, size: int) -> None:
-        self.name, self.number, self.size, self.limits, self.read_only = "served", "43:0", size, LIMITS, False
+    def __init__(self, client: Client, size: int, limits: Limits) -> None:
+        self.name, self.number, self.size, self.limits, self.read_only = "served", "43:0", size, limits, False
         self._client = client
         self._cookie = 0
         self._waiting: dict[int, tuple[asyncio.Future[bytes], int]] = {}
@@ -176,7 +176,7 @@ class Run:
         """A client's session, on disks with these contents, and what it was promised."""
         async with self._served(images) as (served, promises):
             if self.at_once:
-                await self._all_at_once(promises)
+                await self._all_at_once(served, promises)
             else:
                 await self._one_by_one(served, promises)
             self.plan.armed = False
@@ -196,14 +196,17 @@ class Run:
         """The server, with a client; at the end it stops, in time, with nothing left."""
         loop = asyncio.get_running_loop()
         async with self.disks(images) as disks, serving() as stack:
-            device = await stack.add("dev", list(self.scenario.tables.values())[-1], *disks)
+            mapped: list[Device] = []
+            for name, table in self.scenario.tables.items():
+                device = await stack.add(name, table, *disks, *mapped)
+                mapped.append(device)
             self.plan.armed = False
             first = await read_all(device)
             self.plan.armed = True
             client = await (await Client.connect(stack.socket)).greet()
-            size, _ = await client.go("dev")
-            served = Served(client, size)
-            yield served, Promises("dev", served, self.log, first, discard_zeroes=self.scenario.files)
+            size, _ = await client.go(device.name)
+            served = Served(client, size, device.limits)
+            yield served, Promises(device.name, served, self.log, first, discard_zeroes=self.scenario.files)
             begun = loop.time()
             await stack.listener.close()
             assert loop.time() - begun <= STOP, f"the server took {loop.time() - begun} s to stop"
@@ -212,13 +215,14 @@ class Run:
             if device.openers:
                 await asyncio.sleep(PATIENCE)  # virtual; what was stuck runs to its end
             assert not device.openers, "the client is gone, and still has the device open"
-            await stack.mapper.remove(device)
+            for name in reversed(self.scenario.tables):
+                await stack.mapper.remove(stack.mapper.devices[name])
             assert not any(disk.openers for disk in disks)
 
     async def _one_by_one(self, served: Served, promises: Promises) -> None:
         loop = asyncio.get_running_loop()
         latched = stuck = False
-        for step in script(promises, random.Random(self.seed)):
+        for step in script(promises, random.Random(self.seed), served.limits):
             before, begun = len(self.plan.hits), loop.time()
             name, good = await step
             hits, took = self.plan.hits[before:], loop.time() - begun
@@ -243,8 +247,8 @@ class Run:
                 assert took >= fault.stall or not hits, f"{name}: a reply before the I/O has ended"
             latched |= self.scenario.files and bool(fault.errno) and not SYNCS.isdisjoint(hits)
 
-    async def _all_at_once(self, promises: Promises) -> None:
-        tasks = [asyncio.ensure_future(step) for step in script(promises, random.Random(self.seed))]
+    async def _all_at_once(self, served: Served, promises: Promises) -> None:
+        tasks = [asyncio.ensure_future(step) for step in script(promises, random.Random(self.seed), served.limits)]
         results = [await task for task in tasks]
         failed = [name for name, good in results if not good]
         if self.kind.fault.errno and self.plan.hits:
@@ -256,9 +260,10 @@ class Run:
 Step = Coroutine[Any, Any, tuple[str, bool]]
 
 
-def script(client: Promises, rng: random.Random) -> Iterator[Step]:
-    """What the client does: every kind of request, long enough to be cut, in an order and at places by chance."""
-    steps = ["write", "write", "fua", "zero", "fua zero", "discard", "read", "read", "flush", "write", "flush"]
+def script(client: Promises, rng: random.Random, limits: Limits) -> Iterator[Step]:
+    """What the client does: every kind of request that is offered, long enough to be cut, in an order and at places by chance."""
+    steps = ["write", "write", "fua", "read", "read", "flush", "write", "flush"]
+    steps += ["zero", "fua zero"] * limits.zero + ["discard"] * limits.discard
     rng.shuffle(steps)
     for step in [*steps, "write", "flush"]:
         count = rng.choice((1, 5, 9))

@@ -1,18 +1,27 @@
-"""Every I/O of a client's session goes wrong in every way, over linear and striped, over disks and files."""
+"""Every I/O of a client's session goes wrong in every way, over linear, striped, crypt and the targets of faults."""
 
 import asyncio
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 
 from nbdmap.block.io import Io
 from nbdmap.errors import NbdmapError, Unsupported
 from tests.crash.plants import AcknowledgeFlushEarly, AcknowledgeWriteEarly, Broken, HideFlushErrors, HideWriteErrors, NoLatch
-from tests.crash.stacks import Linear, LinearFiles, Striped, StripedFiles
+from tests.crash.stacks import Crypted, Delayed, Faults, Linear, LinearFiles, Striped, StripedFiles
 from tests.faults.harness import KINDS, Run
 
 SEEDS = (1, 2)
-STACKS = {kind.name: kind for kind in (Linear, Striped, LinearFiles, StripedFiles)}
+
+
+class Unlogged(Faults):
+    """Without log-writes, which passes requests on when its log fails, as the kernel's does."""
+
+    tables: ClassVar = {name: table.replace("log", "7:0") for name, table in Faults.tables.items() if name != "log"}
+
+
+STACKS = {kind.name: kind for kind in (Linear, Striped, LinearFiles, StripedFiles, Crypted, Delayed, Unlogged)}
 
 
 def cases() -> list[tuple[str, str]]:

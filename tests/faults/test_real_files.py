@@ -145,9 +145,9 @@ async def test_a_file_that_has_become_shorter(tmp_path: Path) -> None:
     path = tmp_path / "a"
     disk = await FileDisk.open(path, name="a", number="7:0", create=True, size=64 * SECTOR)
     async with serving() as stack:
-        await stack.add("dev", "0 64 linear 7:0 0", disk)
+        device = await stack.add("dev", "0 64 linear 7:0 0", disk)
         client = await (await Client.connect(stack.socket)).greet()
-        served = Served(client, (await client.go())[0])
+        served = Served(client, (await client.go())[0], device.limits)
         os.truncate(path, 8 * SECTOR)
         with pytest.raises(Exception, match="the server says no"):
             await served.submit(Io(READ, 16 * SECTOR, memoryview(bytearray(16 * SECTOR))), 0)
@@ -168,7 +168,7 @@ async def test_a_sync_that_never_ends_stops_neither_others_nor_the_server(
     async with serving() as stack:
         device = await stack.add("dev", "0 64 linear 7:0 0", disk)
         clients = [await (await Client.connect(stack.socket)).greet() for _ in range(2)]
-        one, two = [Served(client, (await client.go())[0]) for client in clients]
+        one, two = [Served(client, (await client.go())[0], device.limits) for client in clients]
         flush = asyncio.ensure_future(one.submit(Io(FLUSH, 0), 0))
         for served in (one, two):
             await served.submit(Io(WRITE, SECTOR, memoryview(b"x" * SECTOR)), 0)
