@@ -95,10 +95,10 @@ def test_the_command_is_not_started_when_a_device_fails(directory: Path) -> None
 
 def test_the_demo(directory: Path) -> None:
     with process(directory, "--listen", listening(directory), "--pidfile", "pid") as made:
-        made.expect("export 'stack'")
+        made.expect("export 'thin'")
         assert f"listening on {listening(directory)}\n" in made.log
         assert f"admin socket {directory}/admin.sock\n" in made.log
-        exports = ["linear", "joined", "striped", "zero", "error", "slow", "flakey", "dust", "stack"]
+        exports = ["linear", "joined", "striped", "zero", "error", "slow", "flakey", "dust", "stack", "paths", "secret", "thin"]
         for name in exports:
             assert re.search(rf"export '{name}': \d+ bytes, .+\n", made.log)
         names = [one["export-name"] for one in json.loads(run("nbdinfo", "--list", "--json", listening(directory)))["exports"]]

@@ -215,7 +215,7 @@ class Run:
             if device.openers:
                 await asyncio.sleep(PATIENCE)  # virtual; what was stuck runs to its end
             assert not device.openers, "the client is gone, and still has the device open"
-            for name in reversed(self.scenario.tables):
+            for name in [*self.scenario.tables][::-1]:
                 await stack.mapper.remove(stack.mapper.devices[name])
             assert not any(disk.openers for disk in disks)
 
