@@ -1,6 +1,7 @@
 """The house rules that a machine can check: imports go down the floors only, files and functions stay short."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,14 @@ def test_no_bare_tasks() -> None:
             if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
                 name = node.value.func.attr if isinstance(node.value.func, ast.Attribute) else ""
                 assert name not in ("create_task", "ensure_future"), f"{module}:{node.lineno}: a bare {name}"
+
+
+def test_compiled_modules_do_not_wait_while_they_handle_an_error() -> None:
+    """setup.py says why."""
+    compiled = re.findall(r'^    "(nbdmap/.*\.py)",$', (PACKAGE.parent / "setup.py").read_text(), re.MULTILINE)
+    assert len(compiled) > 10
+    for name in compiled:
+        for node in ast.walk(ast.parse((PACKAGE.parent / name).read_text())):
+            within = node.body if isinstance(node, ast.ExceptHandler) else node.finalbody if isinstance(node, ast.Try) else []
+            for awaited in (inner for statement in within for inner in ast.walk(statement)):
+                assert not isinstance(awaited, ast.Await), f"{name}:{awaited.lineno}: await in an except or finally clause"

@@ -114,10 +114,11 @@ class FileDisk(Device):
         disk = cls(os.fspath(path), name, number, read_only=read_only, direct=direct, clock=clock)
         try:
             await disk._threads.run(disk._open_now, create, size)
-        except BaseException:
-            await disk.close()
-            raise
-        return disk
+            return disk
+        except BaseException as error:
+            failure = error  # compiled code must not wait within an except clause, see setup.py
+        await disk.close()
+        raise failure
 
     async def close(self) -> None:
         """Waits for what is under way, ends the threads and closes the file. It does not flush."""

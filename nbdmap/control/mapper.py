@@ -15,7 +15,6 @@ import stat
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
-from weakref import WeakKeyDictionary
 
 from nbdmap.block.device import Device
 from nbdmap.block.file import FileDisk
@@ -71,7 +70,7 @@ class Mapper:
         """The configuration's disks, by name."""
         self.reserved: frozenset[str] = frozenset()
         """Numbers that the configuration gives away: nobody gets them by chance."""
-        self.luks: WeakKeyDictionary[MappedDevice, Mapping[str, object]] = WeakKeyDictionary()
+        self.luks: dict[MappedDevice, Mapping[str, object]] = {}
         """Of devices that are LUKS disks: the keys of the configuration that open them, but for the disk."""
         self.unlocking = asyncio.Lock()
         """Held while a passphrase of a LUKS disk is tried."""
@@ -185,6 +184,7 @@ class Mapper:
         try:
             await device.close()
         finally:
+            self.luks.pop(device, None)
             self._publish(device, "remove", {})
         return True
 

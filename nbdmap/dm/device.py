@@ -97,12 +97,13 @@ class MappedDevice(Device):
         except Requeue:
             self.requests[io.op] -= 1
             self._out(table)
-            await self._submit_later(io, offset)
-            return
         except BaseException as error:
             self._ended(table, io, error)
             raise
-        self._ended(table, io, None)
+        else:
+            self._ended(table, io, None)
+            return
+        await self._submit_later(io, offset)
 
     def _ended(self, table: Table, io: Io, error: BaseException | None) -> None:
         """A request that had to wait is over."""
@@ -201,11 +202,13 @@ class MappedDevice(Device):
                 await run_all([device.submit(Io(FLUSH, 0), 0) for device in _to_flush(table)])
             for target in targets:
                 await target.postsuspend()
-        except BaseException:
-            for target in targets:
-                await target.resume()
-            self._release()
-            raise
+            return
+        except BaseException as error:
+            failure = error  # compiled code must not wait within an except clause, see setup.py
+        for target in targets:
+            await target.resume()
+        self._release()
+        raise failure
 
     async def _wait_idle(self) -> None:
         """Ends when no request of the live table is in flight."""

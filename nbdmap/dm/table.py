@@ -138,9 +138,10 @@ class Table:
             table = cls(targets, opened)
             table.check(lines)
             return table
-        except BaseException:
-            await to_the_end(_release(targets, opened))
-            raise
+        except BaseException as error:
+            failure = error  # compiled code must not wait within an except clause, see setup.py
+        await to_the_end(_release(targets, opened))
+        raise failure
 
     def check(self, lines: Sequence[TableLine] | None = None) -> None:
         """Checks sizes and alignment against the devices below, whose sizes may have changed since it was built."""
