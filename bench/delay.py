@@ -5,6 +5,7 @@ one costs. Negative would be too early.
 """
 
 import asyncio
+import gc
 import resource
 import statistics
 import sys
@@ -58,6 +59,7 @@ async def measure(delay_ms: int, in_flight: int) -> str:
 def main() -> None:
     delay_ms = int(sys.argv[1]) if len(sys.argv) > 1 else 500
     in_flight = int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
+    gc.freeze()  # as the server does
     print(uvloop.run(measure(delay_ms, in_flight)))
 
 
