@@ -25,6 +25,7 @@ COMPILED = [
     "nbdmap/server/serving.py",
     "nbdmap/targets/linear.py",
     "nbdmap/targets/striped.py",
+    "nbdmap/targets/thin/thin.py",
 ]
 
 if os.environ.get("NBDMAP_COMPILE") == "1":

@@ -54,6 +54,13 @@ def _state(place: Place, program: str) -> Path:
     return path
 
 
+def data_file(place: Place, program: str) -> Path:
+    """Where the bytes are that a server serves from a file of its own, or from one that is everybody's."""
+    if place.backing is not Backing.THIN:
+        return place.site.file(place.backing)
+    return place.site.directory / f"thin-{program}" / ("data" if program == "nbdmap" else "disk.qcow2")
+
+
 def _nbdkit_luks(place: Place) -> list[str]:
     what = ["file", place.file, f"passphrase={PASSPHRASE}"]
     return ["nbdkit", "-f", "-e", EXPORT, "-U", str(place.socket), "--filter=luks", *what]
@@ -75,7 +82,7 @@ def _qemu_luks(place: Place) -> list[str]:
 
 
 def _qcow2(place: Place) -> list[str]:
-    image = str(_state(place, "qcow2") / "disk.qcow2")
+    image = str(_state(place, "qemu-nbd") / "disk.qcow2")
     if place.backing is Backing.THIN:
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, str(place.site.size_of(place.backing))], check=True)
     else:

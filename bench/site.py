@@ -108,6 +108,16 @@ class Site:
                 while file.readinto(buffer):
                     pass
 
+    def read_anew(self, path: Path) -> None:
+        """Writes a file back, drops it from the page cache, and reads as much of its beginning as it has on the disk."""
+        with path.open("rb", buffering=0) as file:
+            os.fdatasync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            left = os.fstat(file.fileno()).st_blocks * 512
+            buffer = bytearray(MIB)
+            while left > 0 and (count := file.readinto(buffer)):
+                left -= count
+
 
 def _fill(path: Path, size: int, every: int) -> None:
     """Random bytes in one CHUNK of `every`; holes in the others."""

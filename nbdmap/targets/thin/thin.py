@@ -7,25 +7,22 @@ A read or write inside of a block that is this volume's alone costs one look-up 
 read of one that is shared two; everything else is in provision.py.
 """
 
-from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Final, Self
+from typing import Self
 
-from nbdmap.block.device import HOLE, ZERO, Device, Extent, Limits
+from nbdmap.block.device import Device, Extent, Limits
 from nbdmap.block.io import DISCARD, DONE, FLUSH, FUA, READ, WRITE, Io, Pending, run_all
 from nbdmap.dm.args import Args
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.target import Below, Owner, Spec, Target
 from nbdmap.errors import InvalidArgument, IoFailed, Unsupported
 from nbdmap.targets.thin import provision
+from nbdmap.targets.thin.extents import extents
 from nbdmap.targets.thin.metadata import MAX_ID
 from nbdmap.targets.thin.modes import Mode
 from nbdmap.targets.thin.thin_pool import ThinPool
 from nbdmap.targets.thin.volume import Volume
 from nbdmap.units import SECTOR
-
-MAX_EXTENTS: Final = 4096
-"""Runs that one answer to block status is made of."""
 
 
 class Thin(Target):
@@ -149,31 +146,7 @@ class Thin(Target):
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """Mapped blocks are data; the others are holes, or what the external origin says."""
-        volume, size = self._volume, self._size
-        at, end = offset - self.begin, offset - self.begin + length
-        new = sorted({block for mappings in (volume.pending, volume.applying) for block in mappings})
-        tree = self._pool.metadata.mapped(volume.number, at // size, -(-end // size))
-        found: list[Extent] = []
-        async for first, stop in _runs(tree, [block for block in new if at // size <= block < -(-end // size)]):
-            low, high = max(first * size, at), min(stop * size, end)
-            if low > at:
-                found += await self._hole(at, low)
-            found.append((high - low, 0))
-            at = high
-            if len(found) >= MAX_EXTENTS:
-                return found
-        if at < end:
-            found += await self._hole(at, end)
-        return found
-
-    async def _hole(self, low: int, high: int) -> list[Extent]:
-        origin = self._origin
-        found: list[Extent] = []
-        while origin is not None and low < min(high, origin.size):
-            for length, flags in await origin.extents(low, min(high, origin.size) - low):
-                found.append((length, flags & ZERO))
-                low += length
-        return [*found, (high - low, HOLE | ZERO)] if low < high else found
+        return await extents(self._volume, self._origin, offset - self.begin, length)
 
     # --- what it is ----------------------------------------------------------------------------------------------------
 
@@ -226,27 +199,3 @@ class Thin(Target):
             self._pool.openers.remove(self._owner)
         self._pool.close_volume(self._volume)
         await self._pool.leave()
-
-
-async def _runs(tree: AsyncIterator[tuple[int, int]], new: Sequence[int]) -> AsyncIterator[tuple[int, int]]:
-    """Runs of mapped blocks, first and end, of those in the tree and the new ones, both in ascending order."""
-    first = end = -1
-    waiting = list(new)[::-1]
-
-    async def merged() -> AsyncIterator[int]:
-        async for block, _ in tree:
-            while waiting and waiting[-1] < block:
-                yield waiting.pop()
-            yield block
-        while waiting:
-            yield waiting.pop()
-
-    async for block in merged():
-        if block == end:
-            end += 1
-        elif block > end:
-            if first < end:
-                yield first, end
-            first, end = block, block + 1
-    if first < end:
-        yield first, end
