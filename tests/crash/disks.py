@@ -104,6 +104,11 @@ class RecordingDisk(Device):
         self._log = log
         self._weather = weather
 
+    @property
+    def contents(self) -> bytes:
+        """What reads see now."""
+        return bytes(self._bytes)
+
     async def submit(self, io: Io, offset: int) -> None:
         """Writes it down, waits, does it."""
         if offset + io.length > self.size:

@@ -345,7 +345,10 @@ class Pool(Space):
             owner.let_go()
 
     async def resize(self, data_blocks: int) -> None:
-        """Takes over new sizes of the devices, with a commit. Raises InvalidArgument when one is smaller than before."""
+        """Takes over new sizes of the devices, with a commit. Raises InvalidArgument when one is smaller than before.
+
+        A commit that fails is no failure of the resume, as in Linux: the pool goes on, read-only.
+        """
         metadata_blocks = min(self.metadata_device.size // 4096, MAX_BLOCKS)
         if data_blocks < self.nr_data:
             raise InvalidArgument(f"the pool's table has {data_blocks} blocks, its metadata says {self.nr_data}")
@@ -366,7 +369,7 @@ class Pool(Space):
                 await self.metadata.commit()
             except NbdmapError as error:
                 await self.abort(error)
-                raise
+                return
         self.check_space()
 
     def resumed(self) -> None:
