@@ -30,7 +30,7 @@ def test_every_io(images: list[bytes], kind: str, disk: int, record_property: Ca
     assert runs >= 8
 
 
-def keeps_what_it_lost(self: Volume, details: object, highest: int) -> None:
+def keeps_what_it_lost(self: Volume, details: object) -> None:
     """Mappings that were not committed stay."""
 
 

@@ -221,7 +221,8 @@ class Pool(Space):
             except (NoData, InvalidArgument, Busy, Exists):
                 raise
             except OutOfSpace as error:
-                await self.abort(error, Mode.OUT_OF_METADATA)
+                full = not self.metadata.space.nr_free  # else it is the metadata device that has no room
+                await self.abort(error, Mode.OUT_OF_METADATA if full else Mode.READ_ONLY)
                 raise
             except Exception as error:
                 await self.abort(error)
@@ -308,12 +309,12 @@ class Pool(Space):
             superblock = self.metadata.superblock
             self.metadata = await Metadata.open(self.metadata_device, superblock.block_size_sectors, may_format=False)
             for volume in self.volumes.values():
-                details = await self.metadata.details.lookup(volume.number)
-                volume.rolled_back(details, await self.metadata.highest(volume.number))
+                volume.rolled_back(await self.metadata.details.lookup(volume.number))
+                await volume.find_highest()
         except Exception as second:
             log.error("thin pool on %s: the last commit cannot be read: %s", self.metadata_device.name, second)
             for volume in self.volumes.values():
-                volume.rolled_back(None, -1)
+                volume.rolled_back(None)
             self.set_mode(Mode.FAIL)
             return
         if mode is Mode.READ_ONLY:

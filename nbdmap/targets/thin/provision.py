@@ -78,9 +78,11 @@ async def _provision(volume: Volume, io: Io, block: int, inside: int, old: int |
             source = None if pool.features.skip_block_zeroing else Source(None, 0, 0)
         try:
             await _fill(pool, io, new * size, inside, source)
-        except BaseException:
+        except BaseException as error:
             if pool.generation == generation:
                 pool.dropped.append(new)
+            if isinstance(error, OutOfSpace):  # of a device below, which no block of this pool helps
+                raise IoFailed(error.message, error.errno) from error
             raise
         if pool.generation != generation:
             raise IoFailed("the pool's metadata went back to its last commit while a block was provisioned")
@@ -197,11 +199,6 @@ async def _unmap(volume: Volume, first: int, end: int) -> None:
     if fresh or before:
         volume.fresh -= len(fresh)
         volume.changed = True
-        if first <= volume.highest < end:
-            volume.highest = await _highest_below(volume, first)
         pool.something_changed()
-
-
-async def _highest_below(volume: Volume, first: int) -> int:
-    new = [block for mappings in (volume.pending, volume.applying) for block in mappings]
-    return max([*new, await volume.pool.metadata.highest(volume.number)], default=-1)
+        if first <= volume.highest < end:
+            await volume.find_highest()

@@ -168,10 +168,18 @@ class Thin(Target):
         origin = f" {self._origin.number}" if self._origin is not None else ""
         return f"{self._device.number} {self._volume.number}{origin}"
 
+    async def refresh_status(self) -> None:
+        """Looks again for the highest mapped block when that could not be read."""
+        if not self._volume.highest_known and self._pool.mode is not Mode.FAIL:
+            async with self._pool.lock:
+                await self._volume.find_highest()
+
     def status(self) -> str:
-        """`<mapped sectors> <highest mapped sector, or ->`."""
+        """`<mapped sectors> <highest mapped sector, or ->`; `Error` when the metadata cannot be read."""
         if self._pool.mode is Mode.FAIL:
             return "Fail"
+        if not self._volume.highest_known:
+            return "Error"
         mapped, size = self._volume.mapped, self._size // SECTOR
         return f"{mapped * size} {(self._volume.highest + 1) * size - 1 if mapped else '-'}"
 

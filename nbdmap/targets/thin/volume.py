@@ -9,14 +9,17 @@ has its data on the data device, though not durable; no commit writes a mapping 
 """
 
 import asyncio
+import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from nbdmap.errors import IoFailed
+from nbdmap.errors import IoFailed, NbdmapError
 from nbdmap.targets.thin.metadata import TIME_BITS, TIME_MASK, Details
 
 if TYPE_CHECKING:
     from nbdmap.targets.thin.pool import Pool
+
+log = logging.getLogger(__name__)
 
 
 class Volume:
@@ -42,6 +45,9 @@ class Volume:
         """Those of pending and applying that had none before."""
         self.snapshotted = details.snapshotted
         self.highest = highest
+        """The highest block that is mapped, -1 without one."""
+        self.highest_known = True
+        """Not after a discard or an abort when the metadata could not be read."""
         self.changed = False
         """Whether it has changes that no commit has begun to write."""
         self.committing = False
@@ -139,15 +145,25 @@ class Volume:
         self.committing = self.committing or self.changed
         self.changed = False
 
-    def rolled_back(self, details: Details | None, highest: int) -> None:
-        """Everything since the last commit is lost. `details` None: the volume itself is."""
+    async def find_highest(self) -> None:
+        """Finds the highest mapped block, with the pool's lock held. It stays unknown when the metadata cannot be read."""
+        self.highest_known = False
+        try:
+            in_tree = await self.pool.metadata.highest(self.number)
+        except NbdmapError as error:
+            log.error("volume %d: the highest mapped block: %s", self.number, error)
+            return
+        self.highest = max([in_tree, *self.pending, *self.applying])
+        self.highest_known = True
+
+    def rolled_back(self, details: Details | None) -> None:
+        """Everything since the last commit is lost. `details` None: the volume itself is. `highest` is to be found anew."""
         self.aborted = self.aborted or self.changed or self.committing
         self.changed = self.committing = False
         self.pending, self.applying, self.fresh = {}, {}, 0
         self.forget()
         self.written = self.recorded = details.mapped if details else 0
         self.snapshotted = details.snapshotted if details else 0
-        self.highest = highest
 
     @property
     def mapped(self) -> int:

@@ -1,6 +1,7 @@
 """What the device-mapper-test-suite asserts of thin provisioning (reliability.md 1.2), without a kernel."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -745,6 +746,42 @@ async def test_metadata_that_fails_altogether(tmp_path: Path) -> None:
     await made.devices["pool"].resume()
     assert await made.status() == "Fail"
     await made.close()
+
+
+async def test_status_says_error_while_the_mappings_cannot_be_read(site: ThinSite) -> None:
+    thin = await site.new("t", 0)
+    await write(thin, BLOCK, A, FUA)
+    await write(thin, 2 * BLOCK, A)
+    mappings = site.pool.metadata.superblock.mapping_root * 4096
+    site.data.failure = lambda io, offset: IoFailed("no") if io.op.name == "FLUSH" else None
+    site.meta.failure = lambda io, offset: IoFailed("no") if (io.op.name, offset) == ("READ", mappings) else None
+    with pytest.raises(IoFailed):
+        await flush(thin)
+    assert (await site.status()).split()[7] == "needs_check"
+    assert await site.status("t") == "Error"
+    site.meta.failure = site.data.failure = lambda io, offset: None
+    assert await site.status("t") == "128 255"
+    site.meta.bytes[:] = await cleared(site)
+
+
+async def test_a_data_device_without_space_is_not_waited_for(site: ThinSite) -> None:
+    thin = await site.new("t", 0)
+    site.data.failure = lambda io, offset: OutOfSpace("a thin volume below") if io.op.name == "WRITE" else None
+    with pytest.raises(IoFailed) as caught:
+        await asyncio.wait_for(write(thin, 0, A), 5)
+    assert caught.value.errno == errno.ENOSPC
+    assert await site.mode() == "rw"
+    site.data.failure = lambda io, offset: None
+    await write(thin, 0, A)
+
+
+async def test_a_metadata_device_without_space_is_no_full_metadata(site: ThinSite) -> None:
+    site.meta.failure = lambda io, offset: OutOfSpace("a thin volume below") if io.op.name == "WRITE" else None
+    with pytest.raises(IoFailed):
+        await site.message("create_thin 0")
+    assert (await site.status()).split()[4:8:3] == ["ro", "needs_check"]
+    site.meta.failure = lambda io, offset: None
+    site.meta.bytes[:] = await cleared(site)
 
 
 async def test_a_read_only_pool(site: ThinSite) -> None:
