@@ -4,8 +4,8 @@
     cipher.decrypt(8, ciphertext, plaintext)
 
 `sector` is the number of the first 512-byte sector, relative to the start of the encrypted range; lengths are multiples of the
-encryption sector. Many pieces, each at its own place, are encrypted together: that costs much less than one by one. The
-buffers of a piece may be the same, and else do not overlap. An object has working memory of its own: one thread at a time.
+encryption sector. Many pieces, each at its own place, are encrypted together: that costs much less than one by one. Source and
+target may be the same, and else do not overlap. An object has working memory of its own: one thread at a time.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,6 @@ from nbdmap.ciphers.spec import CipherSpec
 from nbdmap.units import SECTOR
 
 Buffer = bytes | bytearray | memoryview
-Piece = tuple[int, Any, Any]
-"""(first sector, source, target): buffers of one length, the target writable."""
 
 _NUMBERS: Final = np.arange(PIECE // SECTOR, dtype=np.uint64)
 _WRAP: Final = (1 << 64) - 1
@@ -49,7 +47,6 @@ class SectorCipher:
         if spec.cipher == "aes" and spec.iv_mode == "plain64" and not (self._mask or spec.essiv_hash):
             self._quick = find_mode(spec.chain_mode, memoryview(key)) if spec.chain_mode in ("xts", "cbc") else None
         self._few = tuple(count * sector_size for count in few_sectors(spec, sector_size))
-        self._room = np.empty(max(PIECE, sector_size), np.uint8)
 
     def encrypt(self, sector: int, source: Buffer, target: Any) -> None:
         """Encrypts the sectors in `source`, from number `sector` on, into `target`."""
@@ -74,63 +71,33 @@ class SectorCipher:
             numbers = self._numbers(sector + first * self._step, len(piece))
             self._run(numbers, piece, results[first : first + most], encrypt)
 
-    def encrypt_all(self, pieces: Sequence[Piece]) -> None:
-        """Encrypts all of `pieces` together."""
-        self._crypt_all(pieces, encrypt=True)
+    def encrypt_joined(self, sectors: Sequence[int], sources: Sequence[Buffer], target: Any) -> None:
+        """Encrypts pieces together, each from its number in `sectors` on, into `target`, one behind the other; at most PIECE."""
+        self._crypt_joined(sectors, sources, target, encrypt=True)
 
-    def decrypt_all(self, pieces: Sequence[Piece]) -> None:
+    def decrypt_joined(self, sectors: Sequence[int], sources: Sequence[Buffer], target: Any) -> None:
         """The reverse."""
-        self._crypt_all(pieces, encrypt=False)
+        self._crypt_joined(sectors, sources, target, encrypt=False)
 
-    def _crypt_all(self, pieces: Sequence[Piece], *, encrypt: bool) -> None:
-        """Small pieces are gathered into batches of up to PIECE bytes; the others go by themselves."""
-        total = sum([len(piece[1]) for piece in pieces])
-        if self._quick is not None and total <= self._few[not encrypt]:
-            for piece in pieces:
-                self._crypt(*piece, encrypt=encrypt)
+    def _crypt_joined(self, sectors: Sequence[int], sources: Sequence[Buffer], target: Any, *, encrypt: bool) -> None:
+        size = self.sector_size
+        if self._quick is not None and len(target) <= self._few[not encrypt]:
+            at = 0
+            for sector, source in zip(sectors, sources, strict=True):
+                end = at + len(source)
+                self._crypt(sector, source, target[at:end], encrypt=encrypt)
+                at = end
             return
-        if total <= PIECE // 2:
-            self._gathered(pieces, encrypt)
-            return
-        batch: list[Piece] = []
-        length = 0
-        for piece in pieces:
-            size = len(piece[1])
-            if length + size > PIECE and batch:
-                self._gathered(batch, encrypt)
-                batch, length = [], 0
-            if size > PIECE // 2:
-                self._crypt(*piece, encrypt=encrypt)
-            else:
-                batch.append(piece)
-                length += size
-        if batch:
-            self._gathered(batch, encrypt)
-
-    def _gathered(self, pieces: Sequence[Piece], encrypt: bool) -> None:
-        if len(pieces) == 1:
-            self._crypt(*pieces[0], encrypt=encrypt)
-            return
-        room, at = self._room.data, 0
-        for _, source, _ in pieces:
-            end = at + len(source)
-            room[at:end] = source
-            at = end
-        rows = self._room[:at].reshape(-1, self.sector_size)
-        numbers = self._numbers_of([piece[0] for piece in pieces], [len(piece[1]) // self.sector_size for piece in pieces])
-        self._run(numbers, rows, rows, encrypt)
-        at = 0
-        for _, source, target in pieces:
-            end = at + len(source)
-            target[:] = room[at:end]
-            at = end
+        rows = np.frombuffer(b"".join(sources), np.uint8).reshape(-1, size)
+        numbers = self._numbers_of(sectors, [len(source) // size for source in sources])
+        self._run(numbers, rows, np.frombuffer(target, np.uint8).reshape(-1, size), encrypt)
 
     def _numbers(self, sector: int, count: int) -> Words:
         """The number of each encryption sector's first 512-byte sector, as the IVs count."""
         first = np.uint64((sector + self._iv_offset) & _WRAP)
         return (_NUMBERS[:count] if self._step == 1 else _NUMBERS[:count] * np.uint64(self._step)) + first
 
-    def _numbers_of(self, sectors: list[int], counts: list[int]) -> Words:
+    def _numbers_of(self, sectors: Sequence[int], counts: list[int]) -> Words:
         """Those of several pieces, one behind the other."""
         if counts.count(counts[0]) < len(counts):
             return np.concatenate([self._numbers(sector, count) for sector, count in zip(sectors, counts, strict=True)])

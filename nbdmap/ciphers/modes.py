@@ -20,8 +20,6 @@ PIECE: Final = 128 * KIB
 
 _GROUP: Final = 32
 """Blocks whose tweaks are made from one by shifts: at most 57."""
-_LEFT: Final = np.arange(_GROUP, dtype=np.uint64).reshape(_GROUP, 1)
-_RIGHT: Final = np.uint64(64) - _LEFT  # numpy shifts by 64 give 0
 _ONE, _TWO, _FIVE, _SEVEN = np.uint64(1), np.uint64(2), np.uint64(5), np.uint64(7)
 _32: Final = np.uint64(32)
 
@@ -70,7 +68,9 @@ class XtsScratch:
         self.groups = blocks // self.group
         rows = max(PIECE // sector_size, 1)
         self.tweaks = np.empty((rows * self.groups, self.group, 2), np.uint64)
-        self.work = np.empty((3, rows * self.groups * self.group), np.uint64)
+        self.work = np.empty((4, rows * self.groups, self.group), np.uint64)
+        self.left = np.tile(np.arange(self.group, dtype=np.uint64), (rows * self.groups, 1))  # one for each: shifted at once
+        self.right = np.uint64(64) - self.left  # numpy shifts by 64 give 0
         self.heads = np.empty((rows, self.groups, 2), np.uint64)
         self.first = np.empty(rows * 16 + SPARE, np.uint8)
 
@@ -171,25 +171,23 @@ class Xts(_Tweaked):
                 heads[:, number, 0] = low << _32 ^ carry ^ carry << _ONE ^ carry << _TWO ^ carry << _SEVEN
                 heads[:, number, 1] = high << _32 | low >> _32
             first = heads.reshape(-1, 2)
-        count, group = len(first), room.group
-        low, high = np.ascontiguousarray(first.T)  # the lanes are the sectors: the inner loops are long, and shift by one number
-        left, right = _LEFT[:group], _RIGHT[:group]
-        lows, highs, carry = (one[: group * count].reshape(group, count) for one in room.work)
-        np.right_shift(low, right, out=carry)
-        np.left_shift(high, left, out=highs)
-        highs |= carry
-        np.right_shift(high, right, out=carry)  # what is shifted out at the top comes in times x^7 + x^2 + x + 1
-        np.left_shift(low, left, out=lows)
-        lows ^= carry
+        count = len(first)
+        tweaks, left, right = room.tweaks[:count], room.left[:count], room.right[:count]
+        low, high, middle, carry = room.work[:, :count]
+        low[:] = first[:, :1]
+        high[:] = first[:, 1:]
+        np.right_shift(high, right, out=carry)
+        np.left_shift(high, left, out=high)
+        np.right_shift(low, right, out=middle)
+        np.bitwise_or(high, middle, out=tweaks[:, :, 1])
+        np.left_shift(low, left, out=low)
+        low ^= carry  # what is shifted out at the top comes in times x^7 + x^2 + x + 1
         carry <<= _ONE
-        lows ^= carry
+        low ^= carry
         carry <<= _ONE
-        lows ^= carry
+        low ^= carry
         carry <<= _FIVE
-        lows ^= carry
-        tweaks = room.tweaks[:count]
-        tweaks[:, :, 0] = lows.T
-        tweaks[:, :, 1] = highs.T
+        np.bitwise_xor(low, carry, out=tweaks[:, :, 0])
         return tweaks
 
 

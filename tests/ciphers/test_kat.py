@@ -69,8 +69,10 @@ def test_pieces_and_batches(answer: Answer) -> None:
     for size in (1, 3, 4):
         starts = list(range(0, sectors, size * step))
         rng.shuffle(starts)
-        encrypted, decrypted, source = bytearray(len(PLAIN)), bytearray(len(PLAIN)), bytes(PLAIN)
-        spans = [(start, slice(start * 512, (start + size * step) * 512)) for start in starts]
-        crypt.encrypt_all([(start, memoryview(source)[span], memoryview(encrypted)[span]) for start, span in spans])
-        crypt.decrypt_all([(start, memoryview(whole)[span], memoryview(decrypted)[span]) for start, span in spans])
-        assert (encrypted, decrypted, source) == (whole, PLAIN, PLAIN)
+        spans = [slice(start * 512, (start + size * step) * 512) for start in starts]
+        encrypted, decrypted, source = memoryview(bytearray(len(PLAIN))), memoryview(bytearray(len(PLAIN))), bytes(PLAIN)
+        crypt.encrypt_joined(starts, [memoryview(source)[span] for span in spans], encrypted)
+        crypt.decrypt_joined(starts, [memoryview(whole)[span] for span in spans], decrypted)
+        assert encrypted == b"".join(whole[span] for span in spans)
+        assert decrypted == b"".join(PLAIN[span] for span in spans)
+        assert source == PLAIN

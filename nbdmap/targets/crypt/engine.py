@@ -5,13 +5,14 @@
 - Larger ones, up to INLINE, by themselves and at once.
 - Those above in threads: at most THREADS at a time, each with a cipher of its own, because a cipher has working memory.
 
-A read is decrypted where it lies, in the buffer of the reply. A write's ciphertext has a buffer of its own, from a pool.
+What is worked on together shares a buffer from a pool, which writes keep until they have ended; a single read is decrypted where
+it lies, in the buffer of the reply.
 """
 
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Final
 
@@ -31,8 +32,10 @@ SMALL: Final = 32 * KIB
 """Requests up to this wait for those that arrived with them."""
 INLINE: Final = 64 * KIB
 """Larger requests are encrypted in threads, so that the others need not wait for them."""
-Piece = tuple[int, memoryview, memoryview]
-"""(first sector, source, target)."""
+TOGETHER: Final = 128 * KIB
+"""Bytes that are encrypted together: PIECE of nbdmap.ciphers, and what one write that is held up below keeps in memory."""
+Parked = tuple[Io, int, Deferred]
+"""A request that waits for others, and its offset."""
 THREADS: Final = min(os.cpu_count() or 1, 4)
 
 
@@ -50,9 +53,8 @@ class Engine:
         self._others: SimpleQueue[SectorCipher] = SimpleQueue()
         self._threads = Threads("crypt")
         self._buffers = Buffers()
-        self._arrived: list[Deferred] = []  # reads whose ciphertext is there
-        self._pieces: list[Piece] = []  # of those, in the same order
-        self._leaving: list[tuple[Io, int, Deferred]] = []  # writes, with their offsets
+        self._arrived: list[Parked] = []  # reads whose ciphertext is there
+        self._leaving: list[Parked] = []  # writes
 
     def use(self, make: Callable[[], "SectorCipher"]) -> None:
         """Encrypts with what `make` makes from now on. Not while a request is in flight."""
@@ -80,35 +82,35 @@ class Engine:
         """Reads and decrypts."""
         pending = self._device.submit(io, offset + self._shift)
         if pending is not DONE or io.length > INLINE:
-            return self._decrypt_later(pending, io, self._sector(offset))
+            return self._decrypt_later(pending, io, offset)
         if io.plug.active and io.length <= SMALL:
             if not self._arrived:
                 io.plug.add(self._decrypt_arrived)
-            return self._arrive(io, self._sector(offset))
+            return _park(self._arrived, io, offset)
         self._own[0].decrypt(self._sector(offset), io.data, io.data)
         return DONE
 
-    def _arrive(self, io: Io, sector: int) -> Deferred:
-        deferred = Deferred()
-        self._arrived.append(deferred)
-        self._pieces.append((sector, io.data, io.data))
-        return deferred
-
-    async def _decrypt_later(self, pending: Pending, io: Io, sector: int) -> None:
+    async def _decrypt_later(self, pending: Pending, io: Io, offset: int) -> None:
         await pending
         if io.length > SMALL:
-            await self._threads.run(self._in_thread, False, sector, io.data, io.data)
+            await self._threads.run(self._in_thread, False, self._sector(offset), io.data, io.data)
             return
         if not self._arrived:
             asyncio.get_running_loop().call_soon(self._decrypt_arrived)
-        await self._arrive(io, sector)
+        await _park(self._arrived, io, offset)
 
     def _decrypt_arrived(self) -> None:
-        arrived, pieces = self._arrived, self._pieces
-        self._arrived, self._pieces = [], []
-        error = self._all(False, pieces)
-        for deferred in arrived:
-            deferred.finish(error)
+        arrived, self._arrived = self._arrived, []
+        for reads, length in _groups(arrived):
+            room = self._buffers.take(length)
+            failure = self._together(False, reads, room)
+            at = 0
+            for io, _, deferred in reads:
+                end = at + io.length
+                if failure is None:
+                    io.data[:] = room[at:end]
+                deferred.finish(failure)
+                at = end
 
     # --- writes --------------------------------------------------------------------------------------------------------
 
@@ -119,9 +121,7 @@ class Engine:
         if io.plug.active and io.length <= SMALL:
             if not self._leaving:
                 io.plug.add(self._encrypt_leaving)
-            deferred = Deferred()
-            self._leaving.append((io, offset, deferred))
-            return deferred
+            return _park(self._leaving, io, offset)
         data = self._buffers.take(io.length)
         self._own[0].encrypt(self._sector(offset), io.data, data)
         return self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift)
@@ -133,19 +133,28 @@ class Engine:
 
     def _encrypt_leaving(self) -> None:
         leaving, self._leaving = self._leaving, []
-        pieces: list[Piece] = [(self._sector(offset), io.data, self._buffers.take(io.length)) for io, offset, _ in leaving]
-        error = self._all(True, pieces)
-        for (io, offset, deferred), (_, _, data) in zip(leaving, pieces, strict=True):
-            if error is not None:
-                deferred.finish(error)
-            else:
-                deferred.follow(self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift))
+        for writes, length in _groups(leaving):
+            room = self._buffers.take(length)
+            failure = self._together(True, writes, room)
+            at = 0
+            for io, offset, deferred in writes:
+                end = at + io.length
+                if failure is None:
+                    data = room[at:end]
+                    deferred.follow(self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift))
+                else:
+                    deferred.finish(failure)
+                at = end
 
     # --- both ----------------------------------------------------------------------------------------------------------
 
-    def _all(self, encrypt: bool, pieces: list[Piece]) -> IoFailed | None:
+    def _together(self, encrypt: bool, requests: list[Parked], room: memoryview) -> IoFailed | None:
+        """Encrypts or decrypts all of them into `room`, one behind the other."""
+        begin = self._begin
+        sectors = [(offset - begin) // SECTOR for _, offset, _ in requests]
+        datas = [io.data for io, _, _ in requests]
         try:
-            (self._own[0].encrypt_all if encrypt else self._own[0].decrypt_all)(pieces)
+            (self._own[0].encrypt_joined if encrypt else self._own[0].decrypt_joined)(sectors, datas, room)
         except Exception as error:
             log.exception("a cipher failed")
             return IoFailed(f"{'encryption' if encrypt else 'decryption'} failed: {error}")
@@ -157,3 +166,20 @@ class Engine:
             (cipher.encrypt if encrypt else cipher.decrypt)(sector, source, target)
         finally:
             self._others.put(cipher)
+
+
+def _park(parked: list[Parked], io: Io, offset: int) -> Deferred:
+    deferred = Deferred()
+    parked.append((io, offset, deferred))
+    return deferred
+
+
+def _groups(requests: list[Parked]) -> Iterator[tuple[list[Parked], int]]:
+    """Neighbours, of TOGETHER bytes at most, and how many those are."""
+    start = length = 0
+    for number, (io, _, _) in enumerate(requests):
+        if length + io.length > TOGETHER:
+            yield requests[start:number], length
+            start, length = number, 0
+        length += io.length
+    yield requests[start:], length

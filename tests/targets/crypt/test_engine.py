@@ -135,12 +135,12 @@ async def test_a_cancelled_write_ends(length: int) -> None:
 
 
 async def test_a_cipher_that_fails_fails_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: object, pieces: object) -> None:
+    def broken(self: object, *arguments: object) -> None:
         raise RuntimeError("no more")
 
     table = await build(LINE, QuickDisk("7:0", 2048))
-    monkeypatch.setattr(SectorCipher, "encrypt_all", broken)
-    monkeypatch.setattr(SectorCipher, "decrypt_all", broken)
+    monkeypatch.setattr(SectorCipher, "encrypt_joined", broken)
+    monkeypatch.setattr(SectorCipher, "decrypt_joined", broken)
     for op in (WRITE, READ):
         for pending in batch(table, [(Io(op, 4096, memoryview(bytearray(4096))), 4096 * at) for at in range(2)]):
             with pytest.raises(IoFailed, match="cryption failed: no more"):
@@ -154,4 +154,17 @@ async def test_many_large_requests_at_once() -> None:
     datas = [random.Random(seed).randbytes(128 << 10) for seed in range(8)]
     await asyncio.gather(*(asyncio.ensure_future(write(table, at * (128 << 10), data)) for at, data in enumerate(datas)))
     assert await asyncio.gather(*(asyncio.ensure_future(read(table, at * (128 << 10), 128 << 10)) for at in range(8))) == datas
+    await table.close()
+
+
+async def test_writes_that_are_held_up_keep_their_ciphertext() -> None:
+    """It lies in buffers that later batches must not get."""
+    disk, datas = Parking("7:0", 2048), [random.Random(seed).randbytes(4096) for seed in range(120)]
+    table = await build(LINE, disk)
+    for first in range(0, 120, 40):
+        batch(table, [(Io(WRITE, 4096, memoryview(datas[at])), 4096 * at) for at in range(first, first + 40)])
+    for io, offset, pending in disk.parked:
+        disk.bytes[offset : offset + io.length] = io.data
+        pending.finish()
+    assert await read(table, 0, 120 * 4096) == b"".join(datas)
     await table.close()
