@@ -224,8 +224,8 @@ class Connection(asyncio.BufferedProtocol):
         reader = self._reader
         assert reader is not None
         next_request, check, serve = reader.next, self._door.check, self._serving.serve
-        lent: list[Deferred] = []  # a payload in the reader's buffer
-        borrowed = False
+        parked: list[tuple[Deferred, Request, Reply]] = []
+        borrowed = False  # somebody waits who has a payload in the reader's buffer
         self._plug.active = True
         try:
             for _ in range(MAX_BATCH):
@@ -248,9 +248,8 @@ class Connection(asyncio.BufferedProtocol):
                 if pending is DONE:
                     self._put(request, reply)
                 elif isinstance(pending, Deferred):
-                    self._defer(pending, request, reply)
-                    if request.borrowed:
-                        lent.append(pending)
+                    self._count(request, 1)
+                    parked.append((pending, request, reply))
                 elif self._start(pending, request, reply):
                     borrowed |= request.borrowed
             else:
@@ -259,7 +258,7 @@ class Connection(asyncio.BufferedProtocol):
             log.info("%s: %s", self._peer, error.message)
             self._end()
         self._plug.pull()
-        if borrowed or not all(pending.ended for pending in lent):
+        if self._after_pull(parked) or borrowed:
             reader.renew()
         else:
             reader.settle()
@@ -288,23 +287,34 @@ class Connection(asyncio.BufferedProtocol):
         self._start_task(Continued(pending, yielded)).add_done_callback(partial(self._finish, request, reply))
         return True
 
-    def _defer(self, pending: Deferred, request: Request, reply: Reply) -> None:
-        """Answers a request when it ends."""
-        self._count(request, 1)
-        self._deferred.add(pending)
-        pending.then(partial(self._finish_deferred, pending, request, reply))
+    def _after_pull(self, parked: list[tuple[Deferred, Request, Reply]]) -> bool:
+        """Answers those that have ended, and the others when they do; True if one of these has borrowed the receive buffer."""
+        borrowed = False
+        if parked and self._stopped:
+            self._continue_soon()
+        for pending, request, reply in parked:
+            if pending.ended:
+                self._answer(request, reply, pending.error)
+            else:
+                borrowed |= request.borrowed
+                self._deferred.add(pending)
+                pending.then(partial(self._finish_deferred, pending, request, reply))
+        return borrowed
 
     def _finish_deferred(self, pending: Deferred, request: Request, reply: Reply, error: BaseException | None) -> None:
         self._deferred.discard(pending)
         if self._stopped or not self._plug.active:
             self._continue_soon()
+        self._answer(request, reply, error)
+
+    def _answer(self, request: Request, reply: Reply, error: BaseException | None) -> None:
         self._count(request, -1)
         self._put(request, reply if error is None else [self._failure(request, error)])
 
     def _count(self, request: Request, change: int) -> None:
         """Counts a request in flight, or out again."""
         self._requests += change
-        if request.command == _READ or request.command == _WRITE:
+        if request.command <= _WRITE:  # or a read
             self._bytes += change * request.length
         self._update_stopped()
 
