@@ -144,8 +144,19 @@ class DataMap:
             raise CorruptMetadata(f"the reference count of data block {block} is not in its tree")
         return count
 
+    def next_block(self) -> int:
+        """The block that `new_block` would give out, if that is known without reading; else -1."""
+        number, start = divmod(self._cursor, ENTRIES)
+        if self._open[0] != number or self._committed_free <= self._allocated:
+            return -1
+        entry = self._open[1].find(1, start)
+        return number * ENTRIES + entry if entry >= 0 else -1
+
     async def new_block(self) -> int:
         """Gives out a block, with one reference. Raises OutOfSpace."""
+        block = self.next_block()
+        if block >= 0:
+            return self.give(block)
         if self.nr_free:
             number, start = divmod(self._cursor, ENTRIES)
             for _ in range(len(self._entries) + 1):  # the first one twice: from the cursor on, and at last up to it
@@ -156,18 +167,24 @@ class DataMap:
                         self._open = number, await self._free(number)
                     entry = self._open[1].find(1, start)
                     if entry >= 0:
-                        return self._give(number, entry)
+                        return self.give(number * ENTRIES + entry)
                 number, start = number + 1, 0
         raise OutOfSpace(f"none of the {self.nr_blocks} data blocks is free")
 
-    def _give(self, number: int, entry: int) -> int:
+    def give(self, block: int) -> int:
+        """Gives out `next_block()`, with one reference."""
+        number, entry = divmod(block, ENTRIES)
         self._open[1][entry] = 0
         self._given[number].append(entry)
         self._allocated += 1
-        block = number * ENTRIES + entry
         self._cursor = block + 1
         self.inc(block)
         return block
+
+    def free_behind(self, block: int, count: int) -> bytearray:
+        """Of the blocks behind one that was just given out, `count` at most: 1 for each that can be given out, too."""
+        entry = block % ENTRIES + 1
+        return self._open[1][entry : entry + min(count, self.nr_blocks - block - 1)]
 
     def give_again(self, block: int) -> None:
         """Gives out a certain block, with one reference: one that its owner was given before, and whose reference was taken

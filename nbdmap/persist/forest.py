@@ -46,6 +46,13 @@ class Trees(Generic[V]):
             except Stale:
                 continue
 
+    def surely_lacks(self, identity: int, key: int) -> bool:
+        """Whether it is known without reading that the tree of `identity` has no such key."""
+        top = cached_leaf(self.store, self._top.root, identity)
+        root = self._top.values.find(top, identity) if top is not None else None
+        leaf = cached_leaf(self.store, root, key) if root is not None else None
+        return leaf is not None and self.values.find(leaf, key) is None
+
     async def tree(self, identity: int) -> Tree[V] | None:
         """The tree of `identity` as it is now, to be read while nothing is changed; None if there is none."""
         root = await self._top.lookup(identity)

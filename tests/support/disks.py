@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from nbdmap.block.device import Device, Extent, Limits
+from nbdmap.block.device import HOLE, ZERO, Device, Extent, Limits
 from nbdmap.block.io import FLUSH, READ, WRITE, Io
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import Table, parse_table
@@ -64,6 +64,27 @@ class FakeDisk(Device):
 
     async def close(self) -> None:
         self.closed = True
+
+
+class HoleyDisk(FakeDisk):
+    """Of it 4 KiB of zeroes are a hole, as of a file that is kept sparse with zeal."""
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        self.log.append(("extents", offset, length, 0))
+        return holes(self.bytes, offset, length)
+
+
+def holes(content: bytes | bytearray, offset: int, length: int) -> list[Extent]:
+    """The extents of a range of a disk with this content, zeroes being holes."""
+    found: list[Extent] = []
+    for at in range(offset, offset + length, 4096):
+        size = min(4096, offset + length - at)
+        flags = 0 if any(content[at : at + size]) else HOLE | ZERO
+        if found and found[-1][1] == flags:
+            found[-1] = (found[-1][0] + size, flags)
+        else:
+            found.append((size, flags))
+    return found
 
 
 class FakeOpener:

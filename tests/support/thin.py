@@ -13,7 +13,7 @@ from nbdmap.dm.table import parse_table
 from nbdmap.targets import TARGETS
 from nbdmap.targets.thin.pool import Pool
 from nbdmap.targets.thin.thin_pool import ThinPool
-from tests.support.disks import FakeDisk, FakeOpener, Uevents, read, write
+from tests.support.disks import FakeDisk, FakeOpener, HoleyDisk, Uevents, read, write
 
 BLOCK: Final = 64 << 10
 
@@ -34,12 +34,16 @@ def thin_check_bytes(metadata: bytes | bytearray, directory: Path) -> None:
 class ThinSite:
     """The disks "meta" (7:0) and "data" (7:1), the pool "pool" and its volumes."""
 
-    def __init__(self, directory: Path, data_blocks: int = 64, metadata_blocks: int = 256, block: int = BLOCK) -> None:
+    def __init__(
+        self, directory: Path, data_blocks: int = 64, metadata_blocks: int = 256, block: int = BLOCK, *, holes: bool = False
+    ) -> None:
+        """With `holes` every other block of the data disk is one; else none is, and all are garbage."""
         self.block = block
         self.data_blocks = data_blocks
         self.meta = FakeDisk("7:0", metadata_blocks * 8)
-        self.data = FakeDisk("7:1", data_blocks * block // 512)
-        self.data.bytes[:] = b"\xee" * len(self.data.bytes)
+        self.data = HoleyDisk("7:1", data_blocks * block // 512) if holes else FakeDisk("7:1", data_blocks * block // 512)
+        for at in range(0, self.data.size, 2 * block if holes else block):
+            self.data.bytes[at : at + block] = b"\xee" * block
         self.opener = FakeOpener(self.meta, self.data)
         self.devices: dict[str, MappedDevice] = {}
         self._directory = directory
@@ -139,9 +143,9 @@ Make = Callable[..., ThinSite]
 
 
 @asynccontextmanager
-async def site(directory: Path, features: str = "", **sizes: int) -> AsyncIterator[ThinSite]:
+async def site(directory: Path, features: str = "", *, holes: bool = False, **sizes: int) -> AsyncIterator[ThinSite]:
     """An open site that is closed, and checked, at the end."""
-    made = ThinSite(directory, **sizes)
+    made = ThinSite(directory, **sizes, holes=holes)
     await made.open(features)
     yield made
     await made.close()

@@ -220,6 +220,10 @@ class Metadata:
         """The mapping of a virtual block, (data block << 24) + time; None where there is none."""
         return await self.mappings.lookup(number, block)
 
+    def surely_lacks(self, number: int, block: int) -> bool:
+        """Whether it is known without reading that a virtual block has no mapping."""
+        return self.mappings.surely_lacks(number, block)
+
     async def insert(self, number: int, new: Mapping[int, int]) -> int:
         """Makes mappings; how many of the blocks had none. What they replace loses a reference."""
         items = sorted(new.items())

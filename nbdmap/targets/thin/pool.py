@@ -18,6 +18,7 @@ from nbdmap.block.io import DISCARD, FLUSH, Io
 from nbdmap.dm.target import Owner
 from nbdmap.errors import Busy, Exists, InvalidArgument, IoFailed, NbdmapError, NoData, OutOfSpace, Requeue
 from nbdmap.persist.blocks import MAX_BLOCKS
+from nbdmap.targets.thin.blanks import Blanks
 from nbdmap.targets.thin.flight import Flights
 from nbdmap.targets.thin.metadata import TIME_BITS, Metadata
 from nbdmap.targets.thin.modes import Mode
@@ -46,6 +47,7 @@ class Pool(Space):
         self.lock = asyncio.Lock()
         self.commit_lock = asyncio.Lock()
         self.flights = Flights()
+        self.blanks = Blanks(data, self.block_size)
         self.loose: set[int] = set()
         """Data blocks that are given out and not (or no longer) mapped in the tree: a commit takes them for free."""
         self.dropped: list[int] = []
@@ -66,8 +68,9 @@ class Pool(Space):
 
     # --- blocks ----------------------------------------------------------------------------------------------------------
 
-    async def new_block(self) -> int:
-        """A data block that is nobody's, loose. Raises OutOfSpace after it has told the mode so."""
+    async def new_block(self) -> tuple[int, bool]:
+        """A data block that is nobody's, loose, and whether it reads as zeroes and the pool zeroes blocks. Raises OutOfSpace
+        after it has told the mode so."""
         tried = False
         while True:
             if self.mode is Mode.OUT_OF_DATA:
@@ -87,13 +90,28 @@ class Pool(Space):
                         await self.abort(error)
                         raise IoFailed(f"no data block can be given out: {error}") from error
                     self.loose.add(block)
-                    return block
+                    try:
+                        return block, not self.features.skip_block_zeroing and await self.blanks.given(block, data)
+                    except BaseException:
+                        self.dropped.append(block)
+                        raise
             if tried:
                 self.set_mode(Mode.OUT_OF_DATA)
                 raise OutOfSpace("no data block is free")
             if self.needs_commit:
                 await self.commit()  # what was freed since the last one can be had after it
             tried = True
+
+    def new_block_at_once(self) -> tuple[int, bool] | None:
+        """As `new_block`; None where that might wait, commit, raise or tell somebody something."""
+        data, zeroes = self.metadata.data, not self.features.skip_block_zeroing
+        if self.mode is not Mode.WRITE or self.lock.locked() or len(self.loose) > self._affordable():
+            return None
+        block = data.next_block()
+        if block < 0 or data.nr_free <= self.low_water or (zeroes and not self.blanks.knows(block)):
+            return None
+        self.loose.add(data.give(block))
+        return block, zeroes and self.blanks.given_at_once(block)
 
     def _affordable(self) -> int:
         """New mappings that may wait: there must be room for all of them in the metadata."""
@@ -376,6 +394,7 @@ class Pool(Space):
     def resumed(self) -> None:
         """Requests follow."""
         self._low_water_told = False
+        self.blanks.forget()
         self.let_volumes_go()
         if self.mode is not Mode.OUT_OF_DATA:
             self.wake_parked()

@@ -3,7 +3,7 @@
 from typing import Final, NamedTuple
 
 from nbdmap.block.device import Device
-from nbdmap.block.io import FUA, READ, WRITE, WRITE_ZEROES, Io
+from nbdmap.block.io import DONE, FUA, READ, WRITE, WRITE_ZEROES, Io, Pending
 from nbdmap.errors import IoFailed, OutOfSpace
 from nbdmap.targets.thin.metadata import TIME_BITS
 from nbdmap.targets.thin.modes import Mode
@@ -61,13 +61,35 @@ async def write(volume: Volume, io: Io, block: int, inside: int, origin: Device 
             await pool.wait_for_space(volume)
 
 
+def write_at_once(volume: Volume, io: Io, block: int, inside: int) -> Pending | None:
+    """A write inside of one block, not durable, to a volume without an external origin; None if it is not the block's first
+    or something has to be waited for before it can begin."""
+    pool = volume.pool
+    if pool.block_size > COPY or not volume.surely_lacks(block) or (found := pool.new_block_at_once()) is None:
+        return None
+    new, blank = found
+    writing = _fill_at_once(pool, io, new * pool.block_size, inside, blank or pool.features.skip_block_zeroing)
+    if writing is DONE:
+        volume.add(block, new, True)
+        return DONE
+    volume.take(block)
+    return _rest(volume, block, new, writing, pool.generation)
+
+
+async def _rest(volume: Volume, block: int, new: int, writing: Pending, generation: int) -> None:
+    try:
+        await _map(volume, block, new, writing, generation, True)
+    finally:
+        volume.give_back(block)
+
+
 async def _provision(volume: Volume, io: Io, block: int, inside: int, old: int | None, origin: Device | None) -> None:
     """Gives a virtual block a data block of its own, with the write in it. Raises OutOfSpace."""
     pool = volume.pool
     volume.take(block)
     try:
         generation = pool.generation
-        new = await pool.new_block()
+        new, blank = await pool.new_block()
         size = pool.block_size
         if old is not None:
             start = (old >> TIME_BITS) * size
@@ -75,20 +97,36 @@ async def _provision(volume: Volume, io: Io, block: int, inside: int, old: int |
         elif origin is not None:
             source = Source(origin, block * size, min((block + 1) * size, origin.size))
         else:
-            source = None if pool.features.skip_block_zeroing else Source(None, 0, 0)
-        try:
-            await _fill(pool, io, new * size, inside, source)
-        except BaseException as error:
-            if pool.generation == generation:
-                pool.dropped.append(new)
-            if isinstance(error, OutOfSpace):  # of a device below, which no block of this pool helps
-                raise IoFailed(error.message, error.errno) from error
-            raise
-        if pool.generation != generation:
-            raise IoFailed("the pool's metadata went back to its last commit while a block was provisioned")
-        volume.add(block, new, old is None)
+            source = None if blank or pool.features.skip_block_zeroing else Source(None, 0, 0)
+        await _map(volume, block, new, _fill(pool, io, new * size, inside, source), generation, old is None)
     finally:
         volume.give_back(block)
+
+
+async def _map(volume: Volume, block: int, new: int, filling: Pending, generation: int, is_first: bool) -> None:
+    """Maps a virtual block, whose cell the caller has, to a data block when that is filled."""
+    pool = volume.pool
+    try:
+        await filling
+    except BaseException as error:
+        if pool.generation == generation:
+            pool.dropped.append(new)
+        if isinstance(error, OutOfSpace):  # of a device below, which no block of this pool helps
+            raise IoFailed(error.message, error.errno) from error
+        raise
+    if pool.generation != generation:
+        raise IoFailed("the pool's metadata went back to its last commit while a block was provisioned")
+    volume.add(block, new, is_first)
+
+
+def _fill_at_once(pool: Pool, io: Io, place: int, inside: int, as_it_is: bool) -> Pending:
+    """Writes a new block, zeroes around the request's data unless it may stay as it is."""
+    size = pool.block_size
+    if as_it_is or io.length == size:
+        return pool.data.submit(Io(WRITE, io.length, io.data), place + inside)
+    piece = bytearray(size)
+    piece[inside : inside + io.length] = io.data
+    return pool.data.submit(Io(WRITE, size, memoryview(piece)), place)
 
 
 async def _fill(pool: Pool, io: Io, place: int, inside: int, source: Source | None) -> None:

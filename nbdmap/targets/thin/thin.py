@@ -83,6 +83,12 @@ class Thin(Target):
                 return pending if pending is DONE else self._track(pending)
         elif io.op is READ or (io.op is WRITE and not io.flags):
             return run_all(self._pieces(io, block, inside))
+        return self._unknown(io, block, inside)
+
+    def _unknown(self, io: Io, block: int, inside: int) -> Pending:
+        """What a look-up in memory does not answer; the first write to a block that often waits for nothing all the same."""
+        if io.op is WRITE and not io.flags and self._origin is None and block not in self._shared:
+            return provision.write_at_once(self._volume, io, block, inside) or self._slow(io, block, inside)
         return self._slow(io, block, inside)
 
     def _pieces(self, io: Io, block: int, inside: int) -> list[Pending]:
@@ -101,7 +107,7 @@ class Thin(Target):
                 known = self._shared.get(block)
             if known is None:
                 put()
-                pieces.append(self._slow(io.part(done, length), block, inside))
+                pieces.append(self._unknown(io.part(done, length), block, inside))
                 start = done + length
             elif start == done:
                 address = known + inside

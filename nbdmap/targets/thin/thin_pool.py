@@ -12,7 +12,7 @@ from functools import partial
 from typing import Final, Self
 
 from nbdmap.block.device import Device, Limits
-from nbdmap.block.io import FLUSH, Io, Pending
+from nbdmap.block.io import FLUSH, READ, Io, Pending
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
 from nbdmap.errors import Busy, InvalidArgument, Unsupported
@@ -71,6 +71,8 @@ class ThinPool(Target):
         if io.op is FLUSH:
             pool = self.pool
             return pool.commit() if pool.needs_commit and pool.mode < Mode.OUT_OF_METADATA else pool.flush_data()
+        if io.op is not READ:
+            self.pool.blanks.forget()
         return self.pool.data.submit(io, offset - self.begin)
 
     def devices(self) -> list[Below]:

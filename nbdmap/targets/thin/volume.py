@@ -78,6 +78,12 @@ class Volume:
             if block in self.cells:
                 await self.free(block)
 
+    def surely_lacks(self, block: int) -> bool:
+        """Whether it is known without reading that a virtual block has no mapping, and nobody has its cell."""
+        if block in self.pending or block in self.applying or block in self.cells:
+            return False
+        return self.pool.metadata.surely_lacks(self.number, block)
+
     def is_shared(self, value: int) -> bool:
         """Whether another volume may have the block, too."""
         return self.snapshotted > value & TIME_MASK
