@@ -9,19 +9,17 @@ import math
 import os
 import random
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
-from nbdmap.block.device import Device, Extent, Limits
+from nbdmap.block.device import Device, Limits
 from nbdmap.block.io import DISCARD, FLUSH, FUA, READ, WRITE, Io
 from nbdmap.errors import IoFailed
 from nbdmap.units import SECTOR
 from tests.crash.log import WriteLog
 from tests.crash.oracle import Violation
-from tests.support.disks import holes
 
 LIMITS: Final = Limits(discard=True, zero=True, fast_zero=True, cache=True)
-SPARSE: Final = replace(LIMITS, sparse=True)
 _KINDS: Final = {WRITE: "write", DISCARD: "discard", FLUSH: "flush"}
 
 
@@ -98,7 +96,7 @@ class RecordingDisk(Device):
         self.name = f"disk{number}"
         self.number = f"7:{number}"
         self.size = len(image)
-        self.limits = SPARSE
+        self.limits = LIMITS
         self.read_only = False
         self.openers = 0
         self._index = number
@@ -135,11 +133,6 @@ class RecordingDisk(Device):
             raise Violation(f"the buffer of a write of {self.name} at {offset} was changed while the write was under way")
         self._store(kind, offset, data, io.length)
         self._log.complete(entry)
-
-    async def extents(self, offset: int, length: int) -> list[Extent]:
-        """What reads as zeroes now, durable or not, is a hole."""
-        await self._weather.pause()
-        return holes(self._bytes, offset, length)
 
     async def _meet(self, kind: str) -> None:
         if fault := self._weather.fault(kind, waits=True):

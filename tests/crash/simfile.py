@@ -14,16 +14,19 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Final, cast
 
 from nbdmap.block import file as file_module
 from nbdmap.block import syscalls
-from nbdmap.block.device import Limits
+from nbdmap.block.device import Extent, Limits
 from nbdmap.block.file import INLINE_READ, SLOW_WRITE_NS, FileDisk
+from nbdmap.block.file_extents import Run
 from tests.crash.disks import Fault, Weather
 from tests.crash.log import Entry, WriteLog
+from tests.support.disks import holes
 
-LIMITS: Final = Limits(discard=True, zero=True, fast_zero=True, cache=True)
+LIMITS: Final = Limits(discard=True, zero=True, fast_zero=True, cache=True, sparse=True)
 GOOD: Final = Fault()
 FIRST_FD: Final = 1 << 20
 """No real descriptor is as high, so a call that escapes the simulation fails with EBADF."""
@@ -152,11 +155,17 @@ class SimKernel:
         """A FileDisk on file `index`, as `FileDisk.open` would leave it."""
         disk = cast("Any", kind(f"/sim/{index}", f"disk{index}", f"7:{index}", read_only=False, direct=False, clock=lambda: 0.0))
         disk._threads = SimThreads(self)
+        disk._extents_now = partial(self._extents, index)
         disk._fd = FIRST_FD + index
         disk.size = len(self.files[index])
         disk.limits = LIMITS
         disk._inline_read = INLINE_READ
         return cast("FileDisk", disk)
+
+    def _extents(self, index: int, offset: int, end: int) -> tuple[list[Extent], list[Run]]:
+        """As FileDisk's, of a file of which zeroes are holes."""
+        self._park()
+        return holes(self.files[index], offset, end - offset), []
 
     def _perf_counter_ns(self) -> int:
         """A clock by which one call in eight is slow."""

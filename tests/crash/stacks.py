@@ -8,7 +8,7 @@ from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
 from tests.crash.persist import Persist
 from tests.crash.scenario import Scenario, Stack
-from tests.crash.thin import Thin
+from tests.crash.thin import Thin, ThinFiles
 from tests.support.disks import FakeOpener
 
 
@@ -143,6 +143,7 @@ _ALL: Final[tuple[type[Scenario], ...]] = (
     Paths,
     Persist,
     Thin,
+    ThinFiles,
 )
 
 SCENARIOS: Final[dict[str, type[Scenario]]] = {kind.name: kind for kind in _ALL}

@@ -14,6 +14,7 @@ from tests.crash.stacks import SCENARIOS, LinearFiles, StripedFiles
 SEEDS = {
     "linear": 8,
     "thin": 6,
+    "thin-files": 3,
     "striped": 8,
     "stacked": 4,
     "crypt": 8,

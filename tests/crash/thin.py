@@ -21,7 +21,7 @@ from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 from nbdmap.block.device import Device
-from nbdmap.block.io import READ, WRITE, Io
+from nbdmap.block.io import READ, WRITE, WRITE_ZEROES, Io
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
 from nbdmap.errors import NbdmapError
@@ -47,7 +47,7 @@ class Thin(Scenario):
 
     name = "thin"
     sectors = (64 * 8, 12 * BLOCK)
-    tables: ClassVar[Mapping[str, str]] = {
+    tables: ClassVar[dict[str, str]] = {
         "pool": f"0 {12 * BLOCK} thin-pool 7:0 7:1 {BLOCK} 0 1 error_if_no_space",
         "thin": f"0 {SIZE} thin pool 0",
         "snap": f"0 {SIZE} thin pool 1",
@@ -191,3 +191,15 @@ class Thin(Scenario):
         """None: a pool that goes back to its last commit loses what was acknowledged and not flushed. See tests/faults."""
         return []
 
+
+
+class ThinFiles(Thin):
+    """The same over files; every other block of the data is a hole, which is not zeroed once more."""
+
+    name = "thin-files"
+    files = True
+
+    async def format(self, disks: Sequence[Device]) -> None:
+        for sector in range(BLOCK, 12 * BLOCK, 2 * BLOCK):
+            await disks[1].submit(Io(WRITE_ZEROES, BLOCK * 512), sector * 512)
+        await super().format(disks)

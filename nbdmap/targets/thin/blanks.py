@@ -16,7 +16,7 @@ from nbdmap.persist.data_map import DataMap
 
 AHEAD: Final = 1024
 """Blocks about which the device is asked at once."""
-WORTH: Final = 16
+WORTH: Final = 4
 """Of these, how many must be free: asking may cost as much as zeroing a few blocks."""
 
 
