@@ -19,7 +19,7 @@ compiled: $(VENV)/.dev               ## the data path as C extensions, by mypyc,
 	tools/compile
 
 test-compiled: compiled              ## the tests of the compiled modules, on what was compiled
-	$(PYTEST) -n 2 -o pythonpath="build/compiled ." tests/block tests/control tests/dm tests/nbd tests/server tests/targets
+	$(PYTEST) -n 2 -o pythonpath="build/compiled ." tests/block tests/ciphers tests/control tests/dm tests/nbd tests/server tests/targets
 
 bench: packages compiled             ## nbdmap beside nbdkit, qemu-nbd and nbd-server on the same file
 	$(BIN)/python -m bench

@@ -133,7 +133,10 @@ def _fill(path: Path, size: int, every: int) -> None:
 def _make_luks(path: Path, size: int) -> None:
     """AES-256-XTS in sectors of 512 bytes, with random bytes all over."""
     secret = ["--object", f"secret,id=key,data={PASSPHRASE}", "-o", "key-secret=key,iter-time=200"]
-    subprocess.run(["qemu-img", "create", "-q", "-f", "luks", *secret, str(path), str(size)], check=True)
+    command = ["qemu-img", "create", "-q", "-f", "luks", *secret, str(path), str(size)]
+    for attempt in range(5):  # at times it is "unable to get accurate CPU usage"
+        if not subprocess.run(command, check=attempt == 4).returncode:
+            break
     noise = os.urandom(min(CHUNK, size))
     with path.open("r+b", buffering=0) as file:
         for start in range(path.stat().st_size - size, path.stat().st_size, len(noise)):

@@ -65,10 +65,11 @@ class Crypt(Target):
         target = cls(spec, cipher, iv_offset_sectors, await spec.open(reference), start, options)
         try:
             await target._use(key)
-        except BaseException:
-            await target.close()
-            raise
-        return target
+            return target
+        except BaseException as error:
+            failure = error  # compiled code must not wait within an except clause, see setup.py
+        await target.close()
+        raise failure
 
     async def _use(self, word: KeyWord) -> None:
         """Makes `word` the key. Raises, and changes nothing, when the cipher cannot have it."""

@@ -234,7 +234,7 @@ async def test_no_word_of_a_key_gets_out(caplog: pytest.LogCaptureFixture) -> No
     caplog.set_level(logging.DEBUG)
     disk = FakeDisk("7:0")
     table = await build(LINE, disk)
-    said = [repr(table.targets[0]), repr(vars(table.targets[0]).get("_engine"))]
+    said = [repr(table.targets[0]), repr(table.targets[0]._engine)]  # type: ignore[attr-defined]
     for start in (f"aes {KEY}00", f"aes {KEY}z", f"aes {KEY[:-1]}", f"nothing {KEY}", f"aes {KEY} x", f"aes - {KEY}"):
         words = f"{start} 0 7:0 0"
         with pytest.raises(NbdmapError) as caught:
