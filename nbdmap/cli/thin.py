@@ -12,11 +12,12 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree
 
 from nbdmap.block.file import FileDisk
-from nbdmap.errors import InvalidArgument, NbdmapError
+from nbdmap.errors import InvalidArgument, NbdmapError, from_os_error
 from nbdmap.persist.lookup import MAX_KEY
 from nbdmap.targets.thin.check import check
 from nbdmap.targets.thin.metadata import Details
@@ -111,21 +112,33 @@ def _mapping(run: Run) -> str:
 
 
 async def _restore(args: Arguments) -> int:
-    try:
-        root = ElementTree.parse(args.input).getroot()
-    except (OSError, ElementTree.ParseError) as error:
-        raise InvalidArgument(f"{args.input}: {error}") from None
-    if root.tag != "superblock":
-        raise InvalidArgument(f"{args.input}: <{root.tag}> is not a <superblock>")
-    fields = ("time", "transaction", "flags", "data_block_size", "nr_data_blocks")
-    said = {name: _number(root, name, 0 if name == "flags" else None) for name in fields}
-    dump = Restored(said, [_volume(one) for one in root])
+    dump = read_xml(_file(args.input))
     disk = await _disk(args.output, read_only=False)
     try:
         await restore(disk, dump)
     finally:
         await disk.close()
     return 0
+
+
+def _file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise from_os_error(error, path) from None
+
+
+def read_xml(text: bytes) -> Restored:
+    """What thin_dump's XML says. Raises InvalidArgument."""
+    try:
+        root = ElementTree.fromstring(text)
+    except (ValueError, LookupError, ElementTree.ParseError) as error:  # the first two of strange encodings
+        raise InvalidArgument(f"the XML: {error}") from None
+    if root.tag != "superblock":
+        raise InvalidArgument(f"<{root.tag}> is not a <superblock>")
+    fields = ("time", "transaction", "flags", "data_block_size", "nr_data_blocks")
+    said = {name: _number(root, name, 0 if name == "flags" else None) for name in fields}
+    return Restored(said, [_volume(one) for one in root])
 
 
 def _number(element: ElementTree.Element, name: str, default: int | None = None) -> int:

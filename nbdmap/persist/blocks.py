@@ -117,7 +117,9 @@ class BlockStore:
         return len(self._dirty)
 
     async def read_raw(self, number: int) -> bytes:
-        """The bytes of a block, neither checked nor cached."""
+        """The bytes of a block, neither checked nor cached. Raises CorruptMetadata for one beyond the end."""
+        if number >= self.nr_blocks:
+            raise CorruptMetadata(f"a pointer to block {number}: the device ends with block {self.nr_blocks - 1}")
         data = bytearray(BLOCK)
         await self.device.submit(Io(READ, BLOCK, memoryview(data)), number * BLOCK)
         return bytes(data)

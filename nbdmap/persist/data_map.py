@@ -268,6 +268,8 @@ class DataMap:
         self.tx.store.touch(bitmap)
         entry = Entry(bitmap.number, *pack_counts(bitmap.data, counts))
         self._nr_allocated += ENTRIES - entry.free - in_use
+        if not 0 <= self._nr_allocated <= self.nr_blocks:
+            raise CorruptMetadata(f"the data space map has {self._nr_allocated} blocks in use of {self.nr_blocks}")
         self._entries[number] = entry
         await self._index.insert_part(number, entry)
 

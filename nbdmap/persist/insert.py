@@ -53,8 +53,8 @@ def new_leaf(tx: Transaction, size: int) -> Block:
 async def shadow_node(tx: Transaction, kind: Values[V], number: int) -> Block:
     """The node, to be changed in place until the next wait; all that it points to is counted if it had to be copied."""
     node, shared = await tx.shadow(number, NODE)
-    if is_leaf(node) and value_size(node) != kind.size:
-        raise CorruptMetadata(f"metadata block {number}: a leaf has values of {value_size(node)} bytes, its tree of {kind.size}")
+    if is_leaf(node):
+        kind.check(node)
     if shared:
         if is_leaf(node):
             kind.inc(kind.of(node, 0, count(node)))

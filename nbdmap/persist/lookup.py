@@ -56,14 +56,19 @@ class Values(Generic[V]):
             return cast("list[V]", found[8 * first : 8 * end].cast("Q").tolist())
         return [unpack(found[at : at + size]) for at in range(first * size, end * size, size)]
 
+    def check(self, leaf: Block) -> None:
+        """Raises CorruptMetadata for a leaf of another kind of tree."""
+        if value_size(leaf) != self.size:
+            raise CorruptMetadata(
+                f"metadata block {leaf.number}: a leaf has values of {value_size(leaf)} bytes, its tree of {self.size}"
+            )
+
     def find(self, leaf: Block, key: int) -> V | None:
         """The value of `key` in the leaf that has its place. Raises CorruptMetadata for a leaf of another kind of tree."""
         words = leaf.words
         size = self.size
         if words[3] & _LOW != size:
-            raise CorruptMetadata(
-                f"metadata block {leaf.number}: a leaf has values of {value_size(leaf)} bytes, its tree of {size}"
-            )
+            self.check(leaf)
         entries = words[2]
         place = bisect_right(words, key, FIRST, FIRST + (entries & _LOW)) - 1
         if place < FIRST or words[place] != key:
@@ -142,13 +147,6 @@ class Tree(Generic[V]):
         self.values = kind
         self.root = root
 
-    def check_leaf(self, leaf: Block) -> None:
-        """Raises CorruptMetadata for a leaf of another kind of tree."""
-        if value_size(leaf) != self.values.size:
-            raise CorruptMetadata(
-                f"metadata block {leaf.number}: a leaf has values of {value_size(leaf)} bytes, its tree of {self.values.size}"
-            )
-
     async def lookup(self, key: int) -> V | None:
         """The value of `key`; None if it has none."""
         while True:
@@ -171,7 +169,7 @@ class Tree(Generic[V]):
                 leaf, beyond = await find_leaf(self.store, self.root, key)
             except Stale:
                 continue
-            self.check_leaf(leaf)
+            self.values.check(leaf)
             place = bisect_right(leaf.words, key - 1, FIRST, FIRST + count(leaf)) - FIRST if key else 0
             if place < count(leaf):
                 return leaf.words[FIRST + place], self.values.of(leaf, place, place + 1)[0]
@@ -189,7 +187,7 @@ class Tree(Generic[V]):
                 leaf, _ = await find_leaf(self.store, self.root, MAX_KEY)
             except Stale:
                 continue
-            self.check_leaf(leaf)
+            self.values.check(leaf)
             last = count(leaf) - 1
             return None if last < 0 else (leaf.words[FIRST + last], self.values.of(leaf, last, last + 1)[0])
 
@@ -215,7 +213,7 @@ class Tree(Generic[V]):
                 leaf, beyond = await find_leaf(self.store, self.root, first)
             except Stale:
                 continue
-            self.check_leaf(leaf)
+            self.values.check(leaf)
             stop = FIRST + count(leaf)
             begin = bisect_right(leaf.words, first - 1, FIRST, stop) if first else FIRST
             if end <= MAX_KEY:

@@ -83,6 +83,7 @@ async def destroy(tx: Transaction, kind: Values[V], root: int) -> None:
             continue
         node = await tx.store.read(number, NODE)
         if is_leaf(node):
+            kind.check(node)
             kind.dec(kind.of(node, 0, count(node)))
         else:
             below = children(node)

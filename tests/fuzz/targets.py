@@ -8,12 +8,13 @@ from tests.fuzz.cipher_target import Ciphers
 from tests.fuzz.engine import Found, Target, on_loop
 from tests.fuzz.luks_targets import Headers1, Headers2
 from tests.fuzz.text_targets import Rpc, Tables, Yaml
+from tests.fuzz.thin_target import Metadatas, Xml
 from tests.fuzz.wire_targets import Client, Handshake, Requests
 
 SLICE_SECONDS: Final = 20.0
 
 TARGETS: Final[Mapping[str, Callable[[], Target]]] = {
-    made.name: made for made in (Handshake, Requests, Client, Tables, Ciphers, Yaml, Rpc, Headers1, Headers2)
+    made.name: made for made in (Handshake, Requests, Client, Tables, Ciphers, Yaml, Rpc, Headers1, Headers2, Metadatas, Xml)
 }
 
 

@@ -2,17 +2,21 @@
 
 from collections.abc import AsyncIterator, Iterable
 from itertools import pairwise
-from typing import NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 import numpy as np
 
 from nbdmap.block.device import Device
-from nbdmap.errors import InvalidArgument, NoData
-from nbdmap.persist.blocks import BlockStore
-from nbdmap.persist.lookup import Tree, Values, pack_u64, unpack_int
-from nbdmap.targets.thin.metadata import DETAILS, TIME_BITS, TIME_MASK, Details, Metadata
+from nbdmap.errors import InvalidArgument, NoData, OutOfSpace
+from nbdmap.persist.blocks import BLOCK, BlockStore
+from nbdmap.persist.lookup import MAX_KEY, Tree, Values, pack_u64, unpack_int
+from nbdmap.persist.space_map import bitmaps_for
+from nbdmap.targets.thin.metadata import DETAILS, MAX_ID, TIME_BITS, TIME_MASK, Details, Metadata
 from nbdmap.targets.thin.superblock import Superblock
 
+MAX_U32: Final = (1 << 32) - 1
+CHUNK: Final = 1 << 14
+"""Mappings that are restored at once."""
 _MAPPINGS = Values(8, pack_u64, unpack_int)
 
 
@@ -111,18 +115,47 @@ class Restored(NamedTuple):
 
 
 async def restore(device: Device, dump: Restored) -> None:
-    """Writes the metadata of a dump on `device`, whatever was there. Snapshots share data blocks, but no metadata."""
+    """Writes the metadata of a dump on `device`, whatever was there. Snapshots share data blocks, but no metadata.
+
+    Raises InvalidArgument for what cannot be, OutOfSpace when the device is too small; then there is no metadata on it.
+    """
     said = dump.superblock
-    metadata = await Metadata.format(BlockStore(device), said["data_block_size"])
-    metadata.resize_data(said["nr_data_blocks"])
-    for number, details, runs in dump.volumes:
-        await metadata.create_thin(number)
-        for run in runs:
-            if run.data + run.length > said["nr_data_blocks"]:
-                raise InvalidArgument(f"volume {number}: data block {run.data + run.length - 1} is beyond the data device")
-            blocks = range(run.length)
-            metadata.data.inc_all(run.data + index for index in blocks)
-            await metadata.insert(number, {run.begin + index: (run.data + index) << TIME_BITS | run.time for index in blocks})
-        await metadata.details.insert(number, details._replace(mapped=sum(run.length for run in runs)))
-    metadata.set_superblock(time=said["time"], transaction_id=said["transaction"], flags=said["flags"])
-    await metadata.commit()
+    size, nr_data, time = said["data_block_size"], said["nr_data_blocks"], said["time"]
+    if not 0 < size <= MAX_U32 or said["flags"] > MAX_U32 or time > TIME_MASK:
+        raise InvalidArgument(f"the superblock: block size {size}, flags {said['flags']} or time {time} cannot be")
+    metadata = await Metadata.format(BlockStore(device), size)
+    try:
+        if bitmaps_for(nr_data) > metadata.nr_metadata:
+            raise OutOfSpace(f"{nr_data} data blocks need more metadata than {device.name} has")
+        metadata.resize_data(nr_data)
+        for volume in dump.volumes:
+            await _restore_volume(metadata, *volume)
+        metadata.set_superblock(time=time, transaction_id=said["transaction"], flags=said["flags"])
+        await metadata.commit()
+    except BaseException:
+        await metadata.store.write_raw(0, bytes(BLOCK))
+        raise
+
+
+async def _restore_volume(metadata: Metadata, number: int, details: Details, runs: list[Run]) -> None:
+    if number > MAX_ID or max(details.created, details.snapshotted) > MAX_U32:
+        raise InvalidArgument(f"volume {number}: its number or times are too large")
+    await metadata.create_thin(number)
+    data = metadata.data
+    mapped = 0
+    new: dict[int, int] = {}
+    for run in runs:
+        if run.data + run.length > data.nr_blocks or run.begin + run.length > MAX_KEY + 1 or run.time > TIME_MASK:
+            raise InvalidArgument(f"volume {number}: {run} is beyond the data device, the volume, or time")
+        for first in range(0, run.length, CHUNK):
+            blocks = range(first, min(first + CHUNK, run.length))
+            data.inc_all([run.data + index for index in blocks])
+            part = {run.begin + index: (run.data + index) << TIME_BITS | run.time for index in blocks}
+            data.dec_all([new[block] >> TIME_BITS for block in new.keys() & part.keys()])
+            new.update(part)
+            if len(new) >= CHUNK:
+                mapped += await metadata.insert(number, new)
+                new = {}
+    if new:
+        mapped += await metadata.insert(number, new)
+    await metadata.details.insert(number, details._replace(mapped=mapped))

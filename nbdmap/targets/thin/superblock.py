@@ -17,6 +17,8 @@ MAGIC: Final = 27022010
 VERSION: Final = 2
 NEEDS_CHECK: Final = 1
 """Flag: a transaction was aborted; no writing until `thin_check --clear-needs-check-flag` has been over it."""
+MAX_TIME: Final = (1 << 24) - 1
+"""Mappings have 24 bits for it."""
 ROOT: Final = 32
 """Bytes of a space map's root; its place in the superblock is larger."""
 
@@ -71,6 +73,8 @@ class Superblock(Record, order="<"):
             raise InvalidArgument(f"the metadata has incompatible features, {found.incompat:#x}, that are not known")
         if found.metadata_block_sectors * SECTOR != BLOCK:
             raise CorruptMetadata(f"metadata block {number}: metadata blocks of {found.metadata_block_sectors} sectors, not 8")
+        if found.time > MAX_TIME:
+            raise CorruptMetadata(f"metadata block {number}: the time is {found.time}, the most there can be is {MAX_TIME}")
         return found
 
     def sealed(self, number: int = 0) -> bytes:
