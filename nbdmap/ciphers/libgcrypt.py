@@ -69,7 +69,8 @@ class _Handle:
             raise InvalidArgument(f"libgcrypt takes no key of {len(key)} bytes for {cipher}")
 
     def __del__(self) -> None:
-        self.library.gcry_cipher_close(self.handle)
+        if hasattr(self, "handle"):  # there is the library
+            self.library.gcry_cipher_close(self.handle)
 
 
 class Gcrypt:

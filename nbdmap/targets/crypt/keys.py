@@ -4,10 +4,11 @@ A key in a table is hexadecimal; `-`, for a cipher without one; or `:<bytes>:<ty
 stands in no table. The keyring is this process's own, one as the kernel's is: the configuration's `keyring:` section says in
 which file the key of a type (user or logon) and description is, and the file is read when a table is loaded.
 
-No message of an error says more of a key than its length.
+No message of an error says more of a key than its length, wherever in a line it stands.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
@@ -18,6 +19,7 @@ MAX_KEY: Final = 4096
 """Bytes of the longest key: 64 keys of 32 bytes and a seed need 2080."""
 TYPES: Final = ("user", "logon")
 _OTHER_TYPES: Final = ("encrypted", "trusted")
+_LIKE_A_KEY: Final = re.compile(r"(?<![\w/-])[0-9a-fA-F]{16,}(?![\w-])")
 
 
 class Keyring:
@@ -77,6 +79,11 @@ def _open_at_once(path: str, flags: int) -> int:
 def wipe(key: bytearray) -> None:
     """Overwrites a key with zeroes."""
     key[:] = bytes(len(key))
+
+
+def without_keys(text: str) -> str:
+    """`text`, of a message, with all that may be a key replaced: a word of it in the wrong place would be quoted."""
+    return _LIKE_A_KEY.sub(lambda found: f"({len(found[0])} hexadecimal digits)", text)
 
 
 class KeyWord:

@@ -18,9 +18,9 @@ from nbdmap.block.io import READ, WRITE, Io, Pending
 from nbdmap.ciphers.spec import CipherSpec
 from nbdmap.dm.args import Args
 from nbdmap.dm.target import Below, Spec, Target
-from nbdmap.errors import InvalidArgument, NotReady
+from nbdmap.errors import InvalidArgument, NbdmapError, NotReady
 from nbdmap.targets.crypt.engine import Engine
-from nbdmap.targets.crypt.keys import KeyWord, wipe
+from nbdmap.targets.crypt.keys import KeyWord, wipe, without_keys
 from nbdmap.targets.crypt.parameters import Options, parse_options
 from nbdmap.units import SECTOR
 
@@ -51,6 +51,15 @@ class Crypt(Target):
     @classmethod
     async def construct(cls, spec: Spec, args: Args) -> Self:
         """The cipher, the key, the IV's offset in sectors, device and start; then options."""
+        try:
+            return await cls._construct(spec, args)
+        except NbdmapError as error:
+            error.message = without_keys(error.message)
+            error.args = (error.message,)
+            raise
+
+    @classmethod
+    async def _construct(cls, spec: Spec, args: Args) -> Self:
         cipher_word = args.word("cipher")
         key_word = args.word("key")
         offset_word, reference, start_word = (args.word(what) for what in ("iv_offset", "device", "start sector"))
@@ -132,7 +141,7 @@ class Crypt(Target):
             words.append(args.word("message"))
         names = [word.lower() for word in words[:2]]
         if names[0] != "key":
-            raise InvalidArgument(f"crypt takes the messages 'key set <key>' and 'key wipe', not {words[0]!r}")
+            raise InvalidArgument(f"crypt takes the messages 'key set <key>' and 'key wipe', not {without_keys(words[0])!r}")
         if not self._suspended:
             raise InvalidArgument("keys are changed only while the device is suspended")
         if names == ["key", "set"] and len(words) == 3:

@@ -10,6 +10,7 @@ from nbdmap.block.device import Limits
 from nbdmap.block.io import DISCARD, FUA, WRITE, WRITE_ZEROES, Io
 from nbdmap.ciphers.cipher import SectorCipher
 from nbdmap.ciphers.spec import CipherSpec
+from nbdmap.dm.args import Args
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
 from nbdmap.errors import InvalidArgument, IoFailed, NbdmapError, NotReady, Unsupported
@@ -240,6 +241,16 @@ async def test_no_word_of_a_key_gets_out(caplog: pytest.LogCaptureFixture) -> No
         with pytest.raises(NbdmapError) as caught:
             await build(f"0 64 crypt {words}", disk)
         said += [caught.value.message, repr(caught.value), str(caught.value)]
+    for words in (
+        f"{KEY} aes 0 7:0 0", f"aes {KEY} {KEY} 7:0 0", f"aes {KEY} 0 {KEY} 0", f"aes {KEY} 0 7:0 {KEY}", f"aes :{KEY} 0 7:0 0",
+        f"aes {KEY} 0 7:0 0 {KEY}", f"aes {KEY} 0 7:0 0 1 {KEY}", f"capi:{KEY} {KEY} 0 7:0 0", f"aes :32:{KEY}:a 0 7:0 0",
+    ):  # fmt: skip
+        with pytest.raises(NbdmapError) as caught:
+            await build(f"0 64 crypt {words}", disk)
+        said += [caught.value.message, repr(caught.value), str(caught.value)]
+    with pytest.raises(InvalidArgument, match=r"not '\(64 hexadecimal digits\)'") as misplaced:
+        await table.targets[0].message(Args((KEY, "set")))
+    said.append(str(misplaced.value))
     await table.close()
     assert not [text for text in [*said, caplog.text] if KEY[8:24] in text]
     assert bytes(table.targets[0]._key) == bytes(32)  # type: ignore[attr-defined]
