@@ -11,12 +11,13 @@ import argparse
 import asyncio
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from xml.etree import ElementTree
 
 from nbdmap.block.file import FileDisk
+from nbdmap.cli.thin_arguments import add_arguments
 from nbdmap.errors import InvalidArgument, NbdmapError, from_os_error
 from nbdmap.persist.lookup import MAX_KEY
 from nbdmap.targets.thin.check import check
@@ -28,34 +29,16 @@ Arguments = argparse.Namespace
 
 def main(arguments: Sequence[str]) -> int:
     """`nbdmap thin ARGUMENTS`; the exit status."""
-    parser = argparse.ArgumentParser("nbdmap thin", description="Metadata of thin pools.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (work, about) in COMMANDS.items():
-        command = commands.add_parser(name, help=about, description=about)
-        command.set_defaults(work=work)
-        if name == "restore":
-            command.add_argument("-i", "--input", required=True, help="XML, as dump writes it")
-            command.add_argument("-o", "--output", required=True, help="the file or device to write")
-            continue
-        command.add_argument("metadata", help="file or device")
-        if name in ("dump", "ls", "delta"):
-            command.add_argument("-m", "--metadata-snap", action="store_true", help="the metadata snapshot of a live pool")
-        if name == "delta":
-            command.add_argument("--thin1", "--snap1", type=int, required=True)
-            command.add_argument("--thin2", "--snap2", type=int, required=True)
-        if name == "ls":
-            command.add_argument("--no-headers", action="store_true")
-            command.add_argument("-o", "--format", default="DEV,MAPPED,CREATE_TIME,SNAP_TIME")
-        if name == "rmap":
-            command.add_argument("--region", action="append", default=[], help="FIRST..END, data blocks")
+    parser = argparse.ArgumentParser("nbdmap thin")
+    add_arguments(parser)
     try:
         args = parser.parse_args(arguments)
     except SystemExit as stop:  # help, or a usage error that argparse has printed
         return stop.code if isinstance(stop.code, int) else 2
     try:
-        status = asyncio.run(args.work(args))
+        status = asyncio.run(COMMANDS[args.thin_command](args))
     except NbdmapError as error:
-        print(f"nbdmap thin {args.command}: {error.message}", file=sys.stderr)
+        print(f"nbdmap thin {args.thin_command}: {error.message}", file=sys.stderr)
         return 1
     return int(status)
 
@@ -260,11 +243,6 @@ async def _rmap(args: Arguments) -> int:
     return 0
 
 
-COMMANDS: Final[dict[str, tuple[Callable[[Arguments], Awaitable[int]], str]]] = {
-    "check": (_check, "looks for what is wrong with metadata"),
-    "dump": (_dump, "writes metadata as XML"),
-    "restore": (_restore, "makes metadata of XML"),
-    "ls": (_ls, "lists volumes"),
-    "delta": (_delta, "what two volumes have in common"),
-    "rmap": (_rmap, "which volumes have which data blocks"),
-}
+COMMANDS: Final[dict[str, Callable[[Arguments], Coroutine[Any, Any, int]]]] = {
+    "check": _check, "dump": _dump, "restore": _restore, "ls": _ls, "delta": _delta, "rmap": _rmap,
+}  # fmt: skip

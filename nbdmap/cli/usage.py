@@ -41,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     add_serve(commands.add_parser("serve", help="Run the server.", description="Run the server in the foreground."))
     add_luks(commands.add_parser("luks", help="LUKS disks: info, open, format, add-key, remove-key."))
+    add_thin(commands.add_parser("thin", help="Metadata of thin pools: check, dump, restore, ls, delta, rmap."))
     for name, verb in VERBS.items():
         one = commands.add_parser(
             name,
@@ -101,6 +102,13 @@ def add_serve(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 def add_luks(parser: argparse.ArgumentParser) -> None:
     """Adds what `luks` takes."""
     from nbdmap.cli.luks_arguments import add_arguments
+
+    add_arguments(parser)
+
+
+def add_thin(parser: argparse.ArgumentParser) -> None:
+    """Adds what `thin` takes."""
+    from nbdmap.cli.thin_arguments import add_arguments
 
     add_arguments(parser)
 

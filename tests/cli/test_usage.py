@@ -35,6 +35,8 @@ def test_every_help_ends_with_an_example_that_can_be_read(verb: str) -> None:
 def test_the_helps_of_nbdmap_and_of_serve() -> None:
     assert help_text().endswith("example:\n  nbdmap serve & nbdmap ls --tree\n")
     assert "example:\n  nbdmap serve" in help_text("serve")
+    assert "    thin  " in help_text()
+    assert "restore" in help_text("thin")
     assert help_text("nosuch") == help_text()
     assert isinstance(build_parser(), argparse.ArgumentParser)
 
@@ -69,9 +71,11 @@ def test_the_completion_knows_devices() -> None:
         complete_it nbdmap suspend alpha b
         complete_it nbdmap target-version l
         complete_it nbdmap res
+        complete_it nbdmap th
+        complete_it nbdmap thin de
     """
     done = subprocess.run(["bash", "-c", script], capture_output=True, check=True, text=True)
-    assert done.stdout.splitlines() == ["alpha", "beta", "linear", "resume"]
+    assert done.stdout.splitlines() == ["alpha", "beta", "linear", "resume", "thin", "delta"]
 
 
 def test_control_commands_import_nothing_slow(tmp_path: Path) -> None:
