@@ -6,6 +6,7 @@ is given, it names the device instead. Sizes and starts that verbs report are in
 """
 
 import base64
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, Final
 
@@ -267,7 +268,8 @@ class Verbs:
         return self._describe(device)
 
     async def stats(self, name: str = "", uuid: str = "") -> list[Data]:
-        """Requests, bytes, errors and requests in flight of one device, or of all, since it was made."""
+        """Requests, bytes, errors and requests in flight of one device, or of all, since it was made; and what its targets
+        count of themselves, if they do."""
         return [
             {
                 "name": device.name,
@@ -277,6 +279,7 @@ class Verbs:
                 "errors": device.errors,
                 "in_flight": device.live.in_flight if device.live else 0,
                 "connections": self._exports.connections(device),
+                **({"counters": counters} if (counters := _counters(device)) else {}),
             }
             for device in self._devices(name, uuid)
         ]  # fmt: skip
@@ -317,6 +320,13 @@ def _export_entry(settings: ExportSettings) -> bool | Data:
         "read_only": settings.read_only, "max_connections": settings.max_connections,
     }  # fmt: skip
     return {key: value for key, value in named.items() if value} or True
+
+
+def _counters(device: MappedDevice) -> dict[str, int]:
+    counters: Counter[str] = Counter()
+    for target in device.targets:
+        counters.update(target.counters())
+    return dict(counters)
 
 
 def _dependencies(table: Table | None) -> list[Data]:

@@ -163,6 +163,10 @@ class Target:
     async def refresh_status(self) -> None:
         """What is to be done before `status` is asked for by someone who wants the state of the disk: a commit, if any."""
 
+    def counters(self) -> dict[str, int]:
+        """What the target counts of itself, for `nbdmap stats --json`: how much its caches hold, and may."""
+        return {}
+
     async def message(self, args: Args) -> str:
         """Obeys a message and returns the answer's text, mostly none."""
         raise InvalidArgument(f"{self.type_name} takes no messages")

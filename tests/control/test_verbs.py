@@ -395,6 +395,19 @@ async def test_stats(rig: Rig) -> None:
     await rig.exports.release(device)
 
 
+async def test_stats_have_what_targets_count(rig: Rig) -> None:
+    for disk in rig.disks:
+        disk.bytes += bytes(1 << 20)
+        disk.size = len(disk.bytes)
+    await rig.verbs.create("pool", "0 128 thin-pool d0 d1 128 0")
+    await rig.verbs.create("plain", "0 8 linear d1 0")
+    (one,), (other,) = await rig.verbs.stats("pool"), await rig.verbs.stats("plain")
+    assert one["counters"]["cached_mappings"] == 0
+    assert one["counters"]["cached_metadata_blocks"] > 0
+    assert "counters" not in other
+
+
+
 async def test_targets_and_version(rig: Rig) -> None:
     targets = await rig.verbs.targets()
     assert targets[0]["name"] == "slow"  # the newest first

@@ -19,7 +19,7 @@ from nbdmap.errors import Busy, InvalidArgument, Unsupported
 from nbdmap.persist.lookup import MAX_KEY
 from nbdmap.targets.thin.metadata import MAX_ID, Metadata
 from nbdmap.targets.thin.modes import MODE_WORDS, Features, Mode
-from nbdmap.targets.thin.pool import Pool
+from nbdmap.targets.thin.pool import MAX_CACHED, Pool
 from nbdmap.units import SECTOR, round_up
 
 MIN_BLOCK_SECTORS: Final = 128
@@ -117,6 +117,16 @@ class ThinPool(Target):
             pool.metadata_low_water,
         )
         return "".join(f"{word} " for word in words)
+
+    def counters(self) -> dict[str, int]:
+        """The caches: mappings of all volumes, and blocks of metadata."""
+        pool, store = self.pool, self.pool.metadata.store
+        return {
+            "cached_mappings": sum(volume.cached for volume in pool.volumes.values()),
+            "cached_mappings_max": MAX_CACHED,
+            "cached_metadata_blocks": store.resident,
+            "cached_metadata_blocks_max": store.limit,
+        }
 
     # --- messages ------------------------------------------------------------------------------------------------------
 

@@ -784,6 +784,19 @@ async def test_a_metadata_device_without_space_is_no_full_metadata(site: ThinSit
     site.meta.bytes[:] = await cleared(site)
 
 
+async def test_the_caches_are_counted(site: ThinSite) -> None:
+    thin = await site.new("t", 0)
+    for block in range(3):
+        await write(thin, block * BLOCK, A)
+    counters = site.devices["pool"].targets[0].counters()
+    assert counters["cached_mappings"] == 3
+    assert 0 < counters["cached_metadata_blocks"] <= counters["cached_metadata_blocks_max"]
+    await site.remove("t")
+    assert site.devices["pool"].targets[0].counters()["cached_mappings"] in (0, 3)  # until it is committed
+    await site.status()
+    assert site.devices["pool"].targets[0].counters()["cached_mappings"] == 0
+
+
 async def test_a_read_only_pool(site: ThinSite) -> None:
     thin = await site.new("t", 0)
     await write(thin, 0, A)
