@@ -8,6 +8,7 @@ All changes are made by one coroutine at a time, the pool's (`Pool.lock`), and c
 the object is dropped and `Metadata.open` reads the last commit again.
 """
 
+import asyncio
 import struct
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
@@ -29,8 +30,8 @@ TIME_MASK: Final = (1 << TIME_BITS) - 1
 MAX_ID: Final = (1 << 24) - 1
 MAX_RESERVE: Final = 4096
 """Metadata blocks that are kept back at most: a tenth of them is."""
-BATCH: Final = 1024
-"""Mappings that are inserted or removed as one step."""
+BATCH: Final = 256
+"""Mappings that are inserted as one step, a millisecond; between two steps others have their turn."""
 HELD: Final = BlockType("held superblock", SALT)
 
 _DETAILS: Final = struct.Struct("<QQII")
@@ -226,15 +227,16 @@ class Metadata:
 
     async def insert(self, number: int, new: Mapping[int, int]) -> int:
         """Makes mappings; how many of the blocks had none. What they replace loses a reference."""
-        items = sorted(new.items())
+        blocks = sorted(new)
         added = 0
 
         async def step(tree: Btree[int]) -> int:
             return await tree.insert_all_part(part)
 
-        for start in range(0, len(items), BATCH):
-            part = items[start : start + BATCH]
+        for start in range(0, len(blocks), BATCH):
+            part = [(block, new[block]) for block in blocks[start : start + BATCH]]
             added += await self.mappings.change(number, step)
+            await asyncio.sleep(0)
         self.changed = True
         return added
 

@@ -105,8 +105,11 @@ class Pool(Space):
     def new_block_at_once(self) -> tuple[int, bool] | None:
         """As `new_block`; None where that might wait, commit, raise or tell somebody something."""
         data, zeroes = self.metadata.data, not self.features.skip_block_zeroing
-        if self.mode is not Mode.WRITE or self.lock.locked() or len(self.loose) > self._affordable():
+        waiting, most = len(self.loose), self._affordable()
+        if self.mode is not Mode.WRITE or self.lock.locked() or waiting > most:
             return None
+        if waiting > most // 2 and not self.commit_lock.locked():
+            self.commit_soon()  # before writes have to wait for one
         block = data.next_block()
         if block < 0 or data.nr_free <= self.low_water or (zeroes and not self.blanks.knows(block)):
             return None
@@ -165,6 +168,11 @@ class Pool(Space):
     def _period_is_over(self) -> None:
         self._timer = None
         if self.mode < Mode.OUT_OF_METADATA and self.needs_commit:
+            self.commit_soon()
+
+    def commit_soon(self) -> None:
+        """Begins a commit, unless one is about to begin."""
+        if self._next is None:
             self.spawn(self.commit_quietly())
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:

@@ -11,6 +11,7 @@ from nbdmap.block.io import WRITE, Io
 from nbdmap.errors import IoFailed
 from nbdmap.targets.thin import blanks
 from nbdmap.targets.thin.blanks import WORTH
+from nbdmap.targets.thin.pool import BLOCKS_FOR_A_MAPPING
 from tests.support.thin import BLOCK, ThinSite, contents, flush, read, settle, write
 
 A = b"a" * 4096
@@ -155,3 +156,20 @@ async def test_a_first_write_that_fails_uses_nothing(made: ThinSite) -> None:
     await flush(thin)
     assert await made.used() == 2
     assert await read(thin, BLOCK, BLOCK) == bytes(BLOCK)
+
+
+async def test_a_commit_begins_before_writes_have_to_wait_for_one(tmp_path: Path) -> None:
+    site = ThinSite(tmp_path, metadata_blocks=64)
+    await site.open()
+    thin = await site.new("t", 0)
+    most = (site.pool.metadata.metadata_free - 16) // BLOCKS_FOR_A_MAPPING
+    assert 4 < most < 32
+    before = site.commits()
+    for block in range(most // 2 + 1):
+        await write(thin, block * BLOCK, A)
+    await settle()
+    assert site.commits() == before
+    await write(thin, 31 * BLOCK, A)
+    await settle()
+    assert site.commits() == before + 1
+    await site.close()
