@@ -193,6 +193,11 @@ class Pool(Space):
         """Whether there is anything that a commit would write."""
         return bool(self.dropped or self.passing) or self.metadata.changed or any(one.changed for one in self.volumes.values())
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether there is anything that is not durable yet: for the next commit, or of the one under way."""
+        return self.needs_commit or self.commit_lock.locked()
+
     async def commit(self) -> None:
         """Ends when all that was done before is durable, on the data device, too. Who asks meanwhile shares the next one."""
         if self._next is None:

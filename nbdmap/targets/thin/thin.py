@@ -193,8 +193,8 @@ class Thin(Target):
 
     async def presuspend(self, noflush: bool) -> None:
         """Without a flush, writes that wait for space are handed back."""
+        self._volume.handing_back = noflush
         if noflush:
-            self._volume.handing_back = True
             self._pool.wake_parked()
 
     async def postsuspend(self) -> None:

@@ -70,7 +70,7 @@ class ThinPool(Target):
         """To the data device; a flush commits, too."""
         if io.op is FLUSH:
             pool = self.pool
-            return pool.commit() if pool.needs_commit and pool.mode < Mode.OUT_OF_METADATA else pool.flush_data()
+            return pool.commit() if pool.unsettled and pool.mode < Mode.OUT_OF_METADATA else pool.flush_data()
         if io.op is not READ:
             self.pool.blanks.forget()
         return self.pool.data.submit(io, offset - self.begin)
@@ -152,7 +152,7 @@ class ThinPool(Target):
 
     async def postsuspend(self) -> None:
         """Everything is on the disks."""
-        if self.pool.mode < Mode.OUT_OF_METADATA and self.pool.needs_commit:
+        if self.pool.mode < Mode.OUT_OF_METADATA and self.pool.unsettled:
             await self.pool.commit()
 
     async def preresume(self) -> None:

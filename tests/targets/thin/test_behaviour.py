@@ -784,6 +784,47 @@ async def test_a_metadata_device_without_space_is_no_full_metadata(site: ThinSit
     site.meta.bytes[:] = await cleared(site)
 
 
+async def commit_under_way(site: ThinSite, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """A write that a commit has set aside; its flush of the data device ends when the event is set."""
+    thin = await site.new("t", 0)
+    await write(thin, 0, A)
+    gate = asyncio.Event()
+    flush_data = site.pool.flush_data
+
+    async def slow() -> None:
+        monkeypatch.undo()
+        await gate.wait()
+        await flush_data()
+
+    monkeypatch.setattr(site.pool, "flush_data", slow)
+    site.pool.spawn(site.pool.commit())
+    await settle()
+    return gate
+
+
+async def test_a_suspend_waits_for_the_commit_under_way(site: ThinSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even after its pool was suspended, which holds the volume's device from inside."""
+    gate = await commit_under_way(site, monkeypatch)
+    thin = site.devices["t"]
+    await thin.hold()
+    thin.let_go()
+    suspend = asyncio.ensure_future(thin.suspend())
+    await settle()
+    assert not suspend.done()
+    gate.set()
+    await suspend
+    await thin.resume()
+
+
+async def test_a_flush_of_the_pool_waits_for_the_commit_under_way(site: ThinSite, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = await commit_under_way(site, monkeypatch)
+    flushed = asyncio.ensure_future(flush(site.devices["pool"]))
+    await settle()
+    assert not flushed.done()
+    gate.set()
+    await flushed
+
+
 async def test_the_caches_are_counted(site: ThinSite) -> None:
     thin = await site.new("t", 0)
     for block in range(3):
