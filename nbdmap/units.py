@@ -37,13 +37,13 @@ def parse_size(text: str) -> int:
     return size
 
 
-_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h)")
-_SECONDS: Final = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+_DURATION: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|min|h)")
+_SECONDS: Final = {"us": 1e-6, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 MAX_DURATION_S: Final = 7 * 24 * 3600.0
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of "5s", "200ms", "1.5 s", "2min" or "1h", or of "0". Raises InvalidArgument for anything else.
+    """Seconds of "5s", "200ms", "50us", "1.5 s", "2min" or "1h", or of "0". Raises InvalidArgument for anything else.
 
     >>> parse_duration("200ms")
     0.2

@@ -133,6 +133,7 @@ class Program:
         self._program = EventProgram(self._events, config.on_event)
         self._jobs: list[asyncio.Future[None]] = []
         self._listener = Listener(self._exports, _context(config.tls), config.tls is not None and config.tls.require)
+        self._listener.poll.seconds = config.busy_poll_s
         self._admin: AdminServer | None = None
         self._captive: Captive | None = None
         self._private = ""  # a directory for the sockets of --run
@@ -264,6 +265,7 @@ class Program:
             self._listener.renew(context)
         self._program.command = config.on_event
         self._checker.interval_s = config.multipath.polling_interval
+        self._listener.poll.seconds = config.busy_poll_s
         problems = await self._applied.reload(config)
         self._config = config
         for problem in problems:

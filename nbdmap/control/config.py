@@ -65,6 +65,7 @@ class Config:
     keyring: Mapping[str, str]
     """The files of keys, by "type:description"."""
     multipath: MultipathEntry
+    busy_poll_s: float
     on_event: tuple[str, ...] | None
     """A program and its arguments, run for every event."""
     disks: Mapping[str, DiskEntry]
@@ -154,8 +155,8 @@ def parse(raw: bytes, file: str, types: Collection[str], tables: Mapping[str, st
         raise BadConfig([origin.explain(("listen", index), f"{str(secure[0])!r} needs the key tls with its certificates")])
     order = _bottom_up(checked.devices, origin)
     return Config(
-        listen, checked.admin, checked.tls, checked.keyring, checked.multipath, checked.on_event, checked.disks, checked.devices,
-        order, directory, origin,
+        listen, checked.admin, checked.tls, checked.keyring, checked.multipath, checked.busy_poll,
+        checked.on_event, checked.disks, checked.devices, order, directory, origin,
     )  # fmt: skip
 
 

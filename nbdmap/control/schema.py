@@ -357,4 +357,5 @@ class File(Keys):
     disks: Annotated[dict[DiskName, _Disk], BeforeValidator(_maybe_empty)] = {}
     devices: Annotated[dict[DeviceName, DeviceEntry], BeforeValidator(_maybe_empty)] = {}
     multipath: MultipathEntry = MultipathEntry()
+    busy_poll: Duration = 100e-6
     on_event: Command | None = None

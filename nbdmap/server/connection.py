@@ -15,12 +15,12 @@ from typing import Final, cast
 from nbdmap.block.device import Device
 from nbdmap.block.io import DONE, Continued, Deferred, Pending, Plug
 from nbdmap.errors import NbdmapError, ProtocolError
-from nbdmap.nbd.constants import CMD_FLAG_FAST_ZERO, Cmd, Error
+from nbdmap.nbd.constants import Cmd
 from nbdmap.nbd.handshake import ServerHandshake, State, TlsMode
-from nbdmap.nbd.transmission import Request, RequestReader, wire_error
+from nbdmap.nbd.transmission import Request, RequestReader
 from nbdmap.server.door import Door
 from nbdmap.server.serving import Reply, Serving
-from nbdmap.server.shared import MAX_UNSENT_TOGETHER, DeviceExports, Shared
+from nbdmap.server.shared import MAX_UNSENT_TOGETHER, DeviceExports, Shared, widen
 from nbdmap.units import KIB, MIB
 
 MAX_REQUESTS: Final = 64
@@ -84,6 +84,7 @@ class Connection(asyncio.BufferedProtocol):
         """A client has come: greet it, and give it HANDSHAKE_SECONDS."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=MAX_UNSENT)
+        widen(self._transport)
         self._peer = _peer_name(self._transport)
         self._clients.add(self)
         self.gone = asyncio.get_running_loop().create_future()
@@ -107,6 +108,7 @@ class Connection(asyncio.BufferedProtocol):
             if self._turn >= TURN_BYTES:
                 self._continue_soon()
             self._serve()
+            self._shared.poll.served(self._requests)
         elif self._tls_running and self._handshake.state is State.STARTING_TLS:
             self._gated += nbytes
         elif not self._ending:
@@ -281,7 +283,7 @@ class Connection(asyncio.BufferedProtocol):
             self._put(request, reply)
             return False
         except (Exception, asyncio.CancelledError) as error:
-            self._out.append(self._failure(request, error))
+            self._out.append(self._serving.failure(request, error, self._peer))
             return False
         self._count(request, 1)
         self._start_task(Continued(pending, yielded)).add_done_callback(partial(self._finish, request, reply))
@@ -309,7 +311,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _answer(self, request: Request, reply: Reply, error: BaseException | None) -> None:
         self._count(request, -1)
-        self._put(request, reply if error is None else [self._failure(request, error)])
+        self._put(request, reply if error is None else [self._serving.failure(request, error, self._peer)])
 
     def _count(self, request: Request, change: int) -> None:
         """Counts a request in flight, or out again."""
@@ -326,19 +328,10 @@ class Connection(asyncio.BufferedProtocol):
         """A request that had to wait has ended."""
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is not None:
-            reply = [self._failure(request, error)]
+            reply = [self._serving.failure(request, error, self._peer)]
         self._count(request, -1)
         self._put(request, reply)
         self._continue_soon()
-
-    def _failure(self, request: Request, error: BaseException) -> bytes:
-        if isinstance(error, asyncio.CancelledError):
-            return self._serving.replies.error(request, Error.ESHUTDOWN, "the server is shutting down")
-        if not isinstance(error, NbdmapError):
-            log.error("%s: command %d failed unexpectedly", self._peer, request.command, exc_info=error)
-            return self._serving.replies.error(request, Error.EIO, f"internal error: {type(error).__name__}")
-        flags = request.flags & CMD_FLAG_FAST_ZERO if request.command == Cmd.WRITE_ZEROES else 0
-        return self._serving.replies.error(request, wire_error(error.errno, flags), error.message)
 
     def _flush_out(self) -> None:
         if self._out and not self._lost:

@@ -44,6 +44,7 @@ class Listener:
         self._waiting: list[tuple[socket.socket, TlsMode]] = []
         self._shared = Shared()
         self.clients = self._shared.clients
+        self.poll = self._shared.poll
         self.uris: list[Uri] = []
         """Where it listens, with the port that was really taken."""
 

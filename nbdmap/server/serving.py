@@ -3,6 +3,8 @@
 Each `serve` ends with the buffers of the reply in `reply`, or fails with NbdmapError.
 """
 
+import asyncio
+import logging
 from typing import Final
 
 from nbdmap.block.device import HOLE, ZERO, Device, Extent
@@ -24,10 +26,10 @@ from nbdmap.block.io import (
 )
 from nbdmap.block.io import READ as IO_READ
 from nbdmap.block.io import WRITE as IO_WRITE
-from nbdmap.errors import InvalidArgument
-from nbdmap.nbd.constants import CMD_FLAG_DF, CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, Cmd
+from nbdmap.errors import InvalidArgument, NbdmapError
+from nbdmap.nbd.constants import CMD_FLAG_DF, CMD_FLAG_FAST_ZERO, CMD_FLAG_PAYLOAD_LEN, CMD_FLAG_REQ_ONE, Cmd, Error
 from nbdmap.nbd.handshake import Session
-from nbdmap.nbd.transmission import Allocate, Buffer, Replies, Request
+from nbdmap.nbd.transmission import Allocate, Buffer, Replies, Request, wire_error
 
 SPARSE_READ: Final = 64 << 10
 """Reads of this size and more look for holes first, where the device may have them."""
@@ -40,6 +42,8 @@ _BLOCK_STATUS: Final = int(Cmd.BLOCK_STATUS)
 _PLAIN: Final[dict[int, Op]] = {Cmd.TRIM: DISCARD, Cmd.WRITE_ZEROES: WRITE_ZEROES, Cmd.CACHE: CACHE}
 
 Reply = list[Buffer]
+
+log = logging.getLogger(__name__)
 
 
 class Serving:
@@ -76,6 +80,16 @@ class Serving:
         if command == _FLUSH:
             return self._device.submit(Io(FLUSH, 0), 0)
         return self._device.submit(Io(_PLAIN[command], length, flags=request.flags & _IO_FLAGS), request.offset)
+
+    def failure(self, request: Request, error: BaseException, peer: str) -> bytes:
+        """The reply to a request that failed; what nobody foresaw is logged."""
+        if isinstance(error, asyncio.CancelledError):
+            return self.replies.error(request, Error.ESHUTDOWN, "the server is shutting down")
+        if not isinstance(error, NbdmapError):
+            log.error("%s: command %d failed unexpectedly", peer, request.command, exc_info=error)
+            return self.replies.error(request, Error.EIO, f"internal error: {type(error).__name__}")
+        flags = request.flags & CMD_FLAG_FAST_ZERO if request.command == Cmd.WRITE_ZEROES else 0
+        return self.replies.error(request, wire_error(error.errno, flags), error.message)
 
     async def _sparse_read(self, request: Request, reply: Reply) -> None:
         """A large read, with its zeroes as holes. A hole is as true as a read of it would have been at the same moment."""

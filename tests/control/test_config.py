@@ -43,7 +43,7 @@ MISTAKES = [
     ("[" * 40 + "]" * 40, "1:34: more than 32 levels"),
     # the whole
     ("disk: {}", "1:1: disk: unknown key (did you mean 'disks'?)"),
-    ("x-y: {}", "1:1: x-y: unknown key (known: listen, admin, tls, keyring, disks, devices, multipath, on_event)"),
+    ("x-y: {}", "1:1: x-y: unknown key (known: listen, admin, tls, keyring, disks, devices, multipath, busy_poll, on_event)"),
     ("on_event: []", "1:1: on_event: should be a program with its arguments as a list, or a command for the shell as text"),
     ("on_event: {a: b}", "1:1: on_event: should be a program with its arguments as a list, or a command for the shell as text"),
     ("multipath: {polling_interval: 5}",
@@ -242,6 +242,8 @@ def test_paths_events_and_timeouts() -> None:
     assert (far.reconnect().deadline_s, far.reconnect().silence_s) == (0.2, 0.2)
     assert (near.reconnect().deadline_s, near.reconnect().silence_s) == (10, None)
     assert read("").multipath.polling_interval == 5
+    assert (read("").busy_poll_s, read("busy_poll: 0").busy_poll_s) == (100e-6, 0)
+    assert read("busy_poll: 50us").busy_poll_s == pytest.approx(50e-6)
     assert read("").on_event is None
     assert read("on_event: echo $DM_NAME").on_event == ("/bin/sh", "-c", "echo $DM_NAME")
 
