@@ -27,7 +27,7 @@ MAX_REQUESTS: Final = 64
 MAX_BYTES: Final = 64 * MIB
 MAX_UNSENT: Final = 4 * MIB
 MAX_BATCH: Final = 64
-TURN_BYTES: Final = 512 * KIB
+TURN_BYTES: Final = 256 * KIB
 """Received from one client; then the others have their turn, however fast it sends."""
 BATCH_BYTES: Final = MIB
 """Replies of one wake-up are handed to the transport when they reach this size, so that it can say stop."""
