@@ -379,7 +379,7 @@ class Pool(Space):
     async def resize(self, data_blocks: int) -> None:
         """Takes over new sizes of the devices, with a commit. Raises InvalidArgument when one is smaller than before.
 
-        A commit that fails is no failure of the resume, as in Linux: the pool goes on, read-only.
+        A commit that fails is no failure of the resume, as in Linux: the pool goes on, read-only. OutOfSpace is one.
         """
         metadata_blocks = min(self.metadata_device.size // 4096, MAX_BLOCKS)
         if data_blocks < self.nr_data:
@@ -401,6 +401,8 @@ class Pool(Space):
                 await self.metadata.commit()
             except NbdmapError as error:
                 await self.abort(error)
+                if isinstance(error, OutOfSpace):  # what tells of the new blocks has no room; Linux writes that earlier
+                    raise
                 return
         self.check_space()
 
