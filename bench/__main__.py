@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for number, row in enumerate(rows, 1):
                 results.append(measure(where, row, rounds, seconds))
                 print(f"[{number}/{len(rows)}] {report.short(results[-1])}", file=sys.stderr)
-    except (KeyboardInterrupt, SystemExit):
+    except BaseException:  # an interruption, or what a row needs and cannot be made
         print(report.full(facts, options, results), end="")
         raise
     facts["load_after"] = list(os.getloadavg())
