@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from bench.processes import Failed, Process, running
-from bench.servers import EXPORT, REPOSITORY, Server, Unable
+from bench.servers import EXPORT, Server, Unable
+from bench.site import REPOSITORY
 from nbdmap.nbd.client import ClientHandshake
 from nbdmap.nbd.negotiation import State
 from nbdmap.units import KIB

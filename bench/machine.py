@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import nbdmap
-from bench.servers import REPOSITORY
+from bench.site import REPOSITORY
 
 PROGRAMS: Final = ("nbdkit", "qemu-nbd", "nbd-server", "fio", "nbdcopy")
 

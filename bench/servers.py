@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Final
 
 from bench.processes import Failed, Process, running
-from bench.site import Backing, Site
+from bench.site import REPOSITORY, Backing, Site
 from nbdmap.units import SECTOR
 
 START_SECONDS: Final = 20.0
-REPOSITORY: Final = Path(__file__).resolve().parent.parent
 COMPILED: Final = REPOSITORY / "build" / "compiled"
 """Where `make compiled` puts the package; what is measured as `nbdmap`, if it is there."""
 EXPORT: Final = "disk"

@@ -21,8 +21,8 @@ from typing import Final
 from bench.clients import Load, finish_fio, idle_clients, nbdcopy, start_fio
 from bench.processes import Failed, Process, adopt_orphans, ended_by_signals, raise_descriptor_limit, running
 from bench.report import figure, markdown_table
-from bench.servers import EXPORT, NBDMAP, REPOSITORY, Server, Transport, nbdmap_config, new_place, wait_until_up
-from bench.site import Backing, Site, site
+from bench.servers import EXPORT, NBDMAP, Server, Transport, nbdmap_config, new_place, wait_until_up
+from bench.site import REPOSITORY, Backing, Site, site
 from nbdmap.units import KIB, MIB
 
 TURNS: Final = 10

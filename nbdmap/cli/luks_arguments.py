@@ -1,8 +1,9 @@
 """The command line of `nbdmap luks`: its five commands; options are called as cryptsetup calls them."""
 
 import argparse
-from typing import Any, Final
+from typing import Final
 
+from nbdmap.cli.subcommands import add_commands, takes_file
 from nbdmap.luks import defaults
 
 _COMMANDS: Final = {
@@ -20,23 +21,15 @@ _COMMANDS: Final = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `nbdmap luks`."""
     parser.description = "LUKS 1 and 2: disks that cryptsetup and qemu open, and the other way round."
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="luks_command", required=True)
-    for name, (summary, example) in _COMMANDS.items():
-        one = commands.add_parser(
-            name, help=summary, description=summary, epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        _file(one.add_argument("image", metavar="IMAGE", help="a file or block device" + _or_disk(name)))
-        _file(one.add_argument("--header", metavar="FILE", help="where the header is, if it is not on IMAGE" + _or_disk(name)))
+    for name, one in add_commands(parser, "luks_command", _COMMANDS):
+        add = one.add_argument
+        takes_file(add("image", metavar="IMAGE", help="a file or block device" + _or_disk(name)))
+        takes_file(add("--header", metavar="FILE", help="where the header is, if it is not on IMAGE" + _or_disk(name)))
         {"info": _info, "open": _open, "format": _format, "add-key": _add_key, "remove-key": _remove_key}[name](one)
 
 
 def _or_disk(command: str) -> str:
     return ", or a disk or device of the server" if command == "open" else ""
-
-
-def _file(action: Any) -> None:
-    action.complete = {"bash": "_shtab_compgen_files"}
 
 
 def _info(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +74,7 @@ def _format(parser: argparse.ArgumentParser) -> None:
 
 def _add_key(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    _file(add("new_key_file", nargs="?", metavar="NEW_KEY_FILE", help="the new passphrase"))
+    takes_file(add("new_key_file", nargs="?", metavar="NEW_KEY_FILE", help="the new passphrase"))
     add("--new-keyfile-size", type=int, metavar="BYTES", help="how much of it")
     add("--new-keyfile-offset", type=int, default=0, metavar="BYTES", help="from where on (0)")
     add("--volume-key-file", metavar="FILE", help="the volume key, instead of an old passphrase")
@@ -92,7 +85,7 @@ def _add_key(parser: argparse.ArgumentParser) -> None:
 
 def _remove_key(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    _file(add("old_key_file", nargs="?", metavar="KEY_FILE", help="the passphrase to remove"))
+    takes_file(add("old_key_file", nargs="?", metavar="KEY_FILE", help="the passphrase to remove"))
     add("-S", "--key-slot", type=int, metavar="N", help="remove this key slot; another passphrase is needed, unless with -q")
     _key(parser)
     add("-q", "--batch-mode", action="store_true", help="do not ask for confirmation")
@@ -100,7 +93,7 @@ def _remove_key(parser: argparse.ArgumentParser) -> None:
 
 def _key(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    _file(add("-d", "--key-file", metavar="FILE", help="the passphrase is this file, '-' is standard input (the terminal)"))
+    takes_file(add("-d", "--key-file", metavar="FILE", help="the passphrase is this file, '-' is standard input (the terminal)"))
     add("-l", "--keyfile-size", type=int, metavar="BYTES", help="how much of it (all)")
     add("--keyfile-offset", type=int, default=0, metavar="BYTES", help="from where on (0)")
 

@@ -1,7 +1,9 @@
 """The command line of `nbdmap thin`: its commands; options are called as thin-provisioning-tools call them."""
 
 import argparse
-from typing import Any, Final
+from typing import Final
+
+from nbdmap.cli.subcommands import add_commands, takes_file
 
 _COMMANDS: Final = {
     "check": ("Look for what is wrong with metadata.", "nbdmap thin check meta.img"),
@@ -16,18 +18,13 @@ _COMMANDS: Final = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `nbdmap thin`."""
     parser.description = "Metadata of thin pools: what thin-provisioning-tools do. It must not be in use, but with -m."
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="thin_command", required=True)
-    for name, (summary, example) in _COMMANDS.items():
-        one = commands.add_parser(
-            name, help=summary, description=summary, epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+    for name, one in add_commands(parser, "thin_command", _COMMANDS):
         add = one.add_argument
         if name == "restore":
-            _file(add("-i", "--input", metavar="FILE", required=True, help="XML, as dump writes it"))
-            _file(add("-o", "--output", metavar="FILE", required=True, help="the file or device to write"))
+            takes_file(add("-i", "--input", metavar="FILE", required=True, help="XML, as dump writes it"))
+            takes_file(add("-o", "--output", metavar="FILE", required=True, help="the file or device to write"))
             continue
-        _file(add("metadata", metavar="METADATA", help="a file or block device"))
+        takes_file(add("metadata", metavar="METADATA", help="a file or block device"))
         if name in ("dump", "ls", "delta"):
             add("-m", "--metadata-snap", action="store_true", help="the metadata snapshot of a live pool")
         if name == "delta":
@@ -38,7 +35,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             add("-o", "--format", metavar="COLUMNS", default="DEV,MAPPED,CREATE_TIME,SNAP_TIME", help="default: %(default)s")
         if name == "rmap":
             add("--region", metavar="FIRST..END", action="append", default=[], help="data blocks; all, without one")
-
-
-def _file(action: Any) -> None:
-    action.complete = {"bash": "_shtab_compgen_files"}

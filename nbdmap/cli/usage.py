@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from nbdmap.cli.grammar import OPTIONS, VERBS, Verb
+from nbdmap.cli.subcommands import FILES
 
 _ALWAYS: Final = ("socket", "manglename", "help")
 _BY_NAME: Final = {option.long: option for option in OPTIONS}
@@ -17,7 +18,6 @@ _WORDS: Final = {
 }  # fmt: skip
 DEVICES: Final = {"bash": "_nbdmap_devices"}
 TYPES: Final = {"bash": "_nbdmap_types"}
-FILES: Final = {"bash": "_shtab_compgen_files"}
 PREAMBLE: Final = """\
 _nbdmap_devices() {
   compgen -W "$(nbdmap info -c --noheadings -o name 2>/dev/null)" -- "$1"
