@@ -24,6 +24,8 @@ COMPILED = [
     "nbdmap/server/door.py",
     "nbdmap/server/serving.py",
     "nbdmap/ciphers/cipher.py",
+    "nbdmap/ciphers/tweaks.py",
+    "nbdmap/ciphers/xts.py",
     "nbdmap/targets/crypt/engine.py",
     "nbdmap/targets/crypt/target.py",
     "nbdmap/targets/linear.py",

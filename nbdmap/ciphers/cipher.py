@@ -18,6 +18,8 @@ from nbdmap.ciphers.keyed import few_sectors, make_keyed
 from nbdmap.ciphers.libcrypto import find_mode
 from nbdmap.ciphers.modes import PIECE
 from nbdmap.ciphers.spec import CipherSpec
+from nbdmap.ciphers.tweaks import COMPILED
+from nbdmap.ciphers.xts import XtsPlain64
 from nbdmap.units import SECTOR
 
 Buffer = bytes | bytearray | memoryview
@@ -43,9 +45,13 @@ class SectorCipher:
         self._shift = np.uint64(self._shift_bits)
         self._mask = spec.key_count - 1
         self._keyed = make_keyed(spec, memoryview(key), sector_size)
+        plain64 = spec.cipher == "aes" and spec.iv_mode == "plain64" and not (self._mask or spec.essiv_hash)
+        self._xts: XtsPlain64 | None = None
         self._quick = None  # the shortest way for few sectors, where there is one
-        if spec.cipher == "aes" and spec.iv_mode == "plain64" and not (self._mask or spec.essiv_hash):
-            self._quick = find_mode(spec.chain_mode, memoryview(key)) if spec.chain_mode in ("xts", "cbc") else None
+        if plain64 and spec.chain_mode == "xts" and COMPILED:
+            self._xts = XtsPlain64(memoryview(key), sector_size, iv_offset=iv_offset, large_sectors=large_sectors)
+        elif plain64 and spec.chain_mode in ("xts", "cbc"):
+            self._quick = find_mode(spec.chain_mode, memoryview(key))
         self._few = tuple(count * sector_size for count in few_sectors(spec, sector_size))
 
     def encrypt(self, sector: int, source: Buffer, target: Any) -> None:
@@ -58,6 +64,12 @@ class SectorCipher:
 
     def _crypt(self, sector: int, source: Buffer, target: Any, *, encrypt: bool) -> None:
         size = self.sector_size
+        if self._xts is not None:
+            origin, result, crypt = memoryview(source), memoryview(target), self._xts.encrypt if encrypt else self._xts.decrypt
+            for at in range(0, len(target), PIECE):
+                end = at + PIECE
+                crypt([sector + at // SECTOR], [origin[at:end]], result[at:end])
+            return
         if self._quick is not None and len(target) <= self._few[not encrypt]:
             step = 1 if self._shift_bits else self._step
             number = (sector + self._iv_offset & _WRAP) >> self._shift_bits
@@ -81,6 +93,9 @@ class SectorCipher:
 
     def _crypt_joined(self, sectors: Sequence[int], sources: Sequence[Buffer], target: Any, *, encrypt: bool) -> None:
         size = self.sector_size
+        if self._xts is not None:
+            (self._xts.encrypt if encrypt else self._xts.decrypt)(sectors, sources, target)
+            return
         if self._quick is not None and len(target) <= self._few[not encrypt]:
             at = 0
             for sector, source in zip(sectors, sources, strict=True):

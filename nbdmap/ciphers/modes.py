@@ -2,8 +2,7 @@
 
 A mode gets an IV and a source row for each sector and fills a target row. Rows that lie one after another may be encrypted in
 place. One context for each 512-byte sector costs several microseconds a sector; here the work of all of them is a few
-passes over the whole. XTS is IEEE 1619: its tweaks, T times x^j for the j-th block of a sector, are computed together by a
-closed form (x^128 = x^7 + x^2 + x + 1, so a shift by up to 57 bits needs only one reduction).
+passes over the whole. XTS is IEEE 1619.
 """
 
 from functools import cached_property
@@ -13,15 +12,11 @@ import numpy as np
 
 from nbdmap.ciphers.arrays import SPARE, Bytes, Key, Words, words
 from nbdmap.ciphers.blocks import Block
+from nbdmap.ciphers.tweaks import Tweaks, make_tweaks
 from nbdmap.units import KIB
 
 PIECE: Final = 128 * KIB
 """Bytes that are worked on at a time: what is computed for them stays in the processor's cache."""
-
-_GROUP: Final = 32
-"""Blocks whose tweaks are made from one by shifts: at most 57."""
-_ONE, _TWO, _FIVE, _SEVEN = np.uint64(1), np.uint64(2), np.uint64(5), np.uint64(7)
-_32: Final = np.uint64(32)
 
 
 class Mode(Protocol):
@@ -54,25 +49,9 @@ class Scratch:
         return self._all[: count + SPARE]
 
     @cached_property
-    def xts(self) -> "XtsScratch":
-        """What Xts needs besides."""
-        return XtsScratch(self.sector_size)
-
-
-class XtsScratch:
-    """The arrays of Xts: tweaks of all blocks, their parts, those of each group's first block, those of each sector's."""
-
-    def __init__(self, sector_size: int) -> None:
-        blocks = sector_size // 16
-        self.group = min(blocks, _GROUP)
-        self.groups = blocks // self.group
-        rows = max(PIECE // sector_size, 1)
-        self.tweaks = np.empty((rows * self.groups, self.group, 2), np.uint64)
-        self.work = np.empty((4, rows * self.groups, self.group), np.uint64)
-        self.left = np.tile(np.arange(self.group, dtype=np.uint64), (rows * self.groups, 1))  # one for each: shifted at once
-        self.right = np.uint64(64) - self.left  # numpy shifts by 64 give 0
-        self.heads = np.empty((rows, self.groups, 2), np.uint64)
-        self.first = np.empty(rows * 16 + SPARE, np.uint8)
+    def tweaks(self) -> Tweaks:
+        """Those of Xts."""
+        return make_tweaks(PIECE, self.sector_size)
 
 
 class Ecb:
@@ -149,46 +128,14 @@ class Xts(_Tweaked):
     def __init__(self, data: Block, tweak: Block, scratch: Scratch) -> None:
         super().__init__(data, scratch)
         self._tweak = tweak
+        self._first = np.empty(max(PIECE // scratch.sector_size, 1) * 16 + SPARE, np.uint8)
 
     def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
-        count = len(source)
-        room = self._scratch.xts.first
-        self._tweak.encrypt(ivs, room)
-        tweaks = self._expand(room[: count * 16].view(np.uint64).reshape(count, 2)).reshape(count, -1)
+        self._tweak.encrypt(ivs, self._first)
+        tweaks = self._scratch.tweaks.expand(self._first[: ivs.size])
         mixed = self._scratch.rows(*source.shape)
         np.bitwise_xor(words(source), tweaks, out=words(mixed))
         return tweaks, mixed
-
-    def _expand(self, first: Words) -> Words:
-        """The tweaks of every block, from the first of each sector."""
-        room = self._scratch.xts
-        if room.groups > 1:
-            heads = room.heads[: len(first)]
-            heads[:, 0] = first
-            for number in range(1, room.groups):
-                low, high = heads[:, number - 1, 0], heads[:, number - 1, 1]
-                carry = high >> _32
-                heads[:, number, 0] = low << _32 ^ carry ^ carry << _ONE ^ carry << _TWO ^ carry << _SEVEN
-                heads[:, number, 1] = high << _32 | low >> _32
-            first = heads.reshape(-1, 2)
-        count = len(first)
-        tweaks, left, right = room.tweaks[:count], room.left[:count], room.right[:count]
-        low, high, middle, carry = room.work[:, :count]
-        low[:] = first[:, :1]
-        high[:] = first[:, 1:]
-        np.right_shift(high, right, out=carry)
-        np.left_shift(high, left, out=high)
-        np.right_shift(low, right, out=middle)
-        np.bitwise_or(high, middle, out=tweaks[:, :, 1])
-        np.left_shift(low, left, out=low)
-        low ^= carry  # what is shifted out at the top comes in times x^7 + x^2 + x + 1
-        carry <<= _ONE
-        low ^= carry
-        carry <<= _ONE
-        low ^= carry
-        carry <<= _FIVE
-        np.bitwise_xor(low, carry, out=tweaks[:, :, 0])
-        return tweaks
 
 
 class BySize:
