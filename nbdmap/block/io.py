@@ -58,8 +58,10 @@ _EMPTY: Final = memoryview(b"")
 class Plug:
     """The requests of one wake-up of a connection, for targets that are cheaper in batches (as the kernel's blk_plug).
 
-    While it is `active`, a target may park a request as a Deferred and `add` what will run all that it has parked; that is
-    called, once, when the connection has taken everything that had arrived. Alone, a request is not held back.
+    While it is `active`, a target may put off part of its work and `add` what will do it for all requests together; that is
+    called, once, when the connection has taken everything that had arrived, before it answers any. Alone, a request is not held
+    back. What is put off is one of two: a request, which is parked as a Deferred; or no more than what becomes of bytes that
+    have been read, and then the READ is DONE already. So who looks at what was read passes on a READ that is `unplugged`.
     """
 
     __slots__ = ("_runs", "active")
@@ -69,16 +71,25 @@ class Plug:
         self._runs: list[Callable[[], None]] = []
 
     def add(self, run: Callable[[], None]) -> None:
-        """Calls `run` at the end of the wake-up. It must not raise."""
+        """Calls `run` at the end of the wake-up."""
         self._runs.append(run)
 
     def pull(self) -> None:
-        """The end of the wake-up: runs what was parked, and what that parks on its way down."""
+        """The end of the wake-up: does what was put off, and what that puts off on its way down.
+
+        Raises the last failure, when all is done; what was read must not be answered then.
+        """
+        failure: Exception | None = None
         while self._runs:
             runs, self._runs = self._runs, []
             for run in runs:
-                run()
+                try:
+                    run()
+                except Exception as error:
+                    failure = error
         self.active = False
+        if failure is not None:
+            raise failure
 
 
 NO_PLUG: Final = Plug()
@@ -103,6 +114,10 @@ class Io:
     def part(self, start: int, length: int) -> "Io":
         """The request for `length` bytes from byte `start` of this one; it shares the buffer."""
         return Io(self.op, length, self.data[start : start + length], self.flags, self.plug)
+
+    def unplugged(self) -> "Io":
+        """The same request by itself: when it is done its data are there."""
+        return Io(self.op, self.length, self.data, self.flags)
 
     def __repr__(self) -> str:
         return f"Io({self.op.name}, {self.length}, flags={self.flags:#x})"

@@ -20,7 +20,7 @@ from nbdmap.nbd.handshake import ServerHandshake, State, TlsMode
 from nbdmap.nbd.transmission import Request, RequestReader
 from nbdmap.server.door import Door
 from nbdmap.server.serving import Reply, Serving
-from nbdmap.server.shared import MAX_UNSENT_TOGETHER, DeviceExports, Shared, widen
+from nbdmap.server.shared import MAX_UNSENT_TOGETHER, DeviceExports, Shared, peer_name, widen
 from nbdmap.units import KIB, MIB
 
 MAX_REQUESTS: Final = 64
@@ -85,7 +85,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=MAX_UNSENT)
         widen(self._transport)
-        self._peer = _peer_name(self._transport)
+        self._peer = peer_name(self._transport)
         self._clients.add(self)
         self.gone = asyncio.get_running_loop().create_future()
         self._deadline = asyncio.get_running_loop().call_later(HANDSHAKE_SECONDS, self._expire)
@@ -254,12 +254,16 @@ class Connection(asyncio.BufferedProtocol):
                     parked.append((pending, request, reply))
                 elif self._start(pending, request, reply):
                     borrowed |= request.borrowed
+                if self._out_bytes >= BATCH_BYTES:
+                    self._pull()
+                    self._flush_out()
+                    self._plug.active = True
             else:
                 self._continue_soon()
         except ProtocolError as error:
             log.info("%s: %s", self._peer, error.message)
             self._end()
-        self._plug.pull()
+        self._pull()
         if self._after_pull(parked) or borrowed:
             reader.renew()
         else:
@@ -268,12 +272,20 @@ class Connection(asyncio.BufferedProtocol):
         self._throttle()
 
     def _put(self, request: Request, reply: Reply) -> None:
-        """Keeps a reply until the end of this wake-up, or hands all of them over when they are many bytes."""
+        """Keeps a reply until it is sent with others."""
         self._out += reply
         if request.command == _READ:
             self._out_bytes += request.length
-            if self._out_bytes >= BATCH_BYTES:
-                self._flush_out()
+
+    def _pull(self) -> None:
+        """Does what targets have put off. If that fails nothing that was read is answered, and the client is dropped."""
+        try:
+            self._plug.pull()
+        except Exception:
+            log.exception("%s: dropped, what was read could not be finished", self._peer)
+            self._out = []
+            self._end()
+            self.abort()
 
     def _start(self, pending: Pending, request: Request, reply: Reply) -> bool:
         """Runs a request eagerly; leaves one that waits to a task of its own, and returns True then."""
@@ -435,8 +447,3 @@ class Connection(asyncio.BufferedProtocol):
     def abort(self) -> None:
         """Drops the connection, whatever has not been sent."""
         self._transport.abort()
-
-
-def _peer_name(transport: asyncio.Transport) -> str:
-    peer = transport.get_extra_info("peername")
-    return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix client"

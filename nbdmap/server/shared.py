@@ -66,3 +66,9 @@ def widen(transport: asyncio.Transport) -> None:
     connected = transport.get_extra_info("socket")
     if connected is not None and connected.family == socket.AF_UNIX:
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+
+
+def peer_name(transport: asyncio.Transport) -> str:
+    """How logs call the client."""
+    peer = transport.get_extra_info("peername")
+    return f"{peer[0]}:{peer[1]}" if isinstance(peer, tuple) else "unix client"

@@ -196,7 +196,7 @@ class Flakey(Target):
         return IoFailed(f"{io.op.name.lower()} of {io.length} bytes at {offset}: the flakey target is down")
 
     async def _read(self, io: Io, offset: int) -> None:
-        await self._device.submit(io, offset)
+        await self._device.submit(io.unplugged(), offset)
         if self._features.corrupt:
             self._features.corrupt.strike(io, io.data)
         self._strike_at_random(self._features.random_read, io.data)

@@ -1,6 +1,7 @@
 """nbdmap.block.io: what `submit` returns, in each of its kinds."""
 
 import asyncio
+from functools import partial
 from typing import Any
 
 import pytest
@@ -106,10 +107,34 @@ def test_plug_runs_what_was_parked_and_what_that_parks() -> None:
     assert not plug.active
 
 
+def test_pulling_the_plug_runs_all_and_raises_the_last_failure() -> None:
+    plug = Plug()
+    seen: list[str] = []
+
+    def broken(name: str) -> None:
+        seen.append(name)
+        raise RuntimeError(name)
+
+    plug.active = True
+    plug.add(partial(broken, "first"))
+    plug.add(partial(broken, "second"))
+    plug.add(lambda: seen.append("third"))
+    with pytest.raises(RuntimeError, match="second"):
+        plug.pull()
+    assert seen == ["first", "second", "third"]
+    assert not plug.active
+    plug.pull()  # all is done
+
+
 def test_a_part_keeps_the_plug() -> None:
     plug = Plug()
-    assert Io(READ, 1024, memoryview(bytearray(1024)), 0, plug).part(512, 512).plug is plug
+    io = Io(READ, 1024, memoryview(bytearray(1024)), 0, plug)
+    assert io.part(512, 512).plug is plug
     assert not Io(READ, 1024).plug.active
+    plug.active = True
+    alone = io.unplugged()
+    assert not alone.plug.active
+    assert (alone.op, alone.length, alone.data, alone.flags) == (READ, 1024, io.data, 0)
 
 
 async def test_a_deferred_follows_whatever_it_is_given() -> None:

@@ -3,6 +3,8 @@
 import asyncio
 from collections.abc import Callable
 
+import pytest
+
 from nbdmap.block.device import Limits
 from nbdmap.block.io import DONE, FLUSH, READ, WRITE, Deferred, Io, Pending
 from nbdmap.errors import IoFailed
@@ -139,3 +141,46 @@ async def test_a_stop_cancels_what_is_parked() -> None:
         assert (await client.simple())[0] == 108  # ESHUTDOWN
         assert disk.cancelled == 1
         await until(lambda: device.live is not None and device.live.in_flight == 0)
+
+
+class Late(Batching):
+    """Reads are done at once, and their bytes come when the plug is pulled, as crypt has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = False
+
+    def submit(self, io: Io, offset: int) -> Pending:
+        if io.op is READ:
+            io.plug.add(lambda: self.fill(io, offset))
+            return DONE
+        return super().submit(io, offset)
+
+    def fill(self, io: Io, offset: int) -> None:
+        if self.broken:
+            raise RuntimeError("no key")
+        self.do(io, offset)
+
+
+async def test_nothing_is_answered_before_what_was_put_off_is_done() -> None:
+    """Not even when the replies are too many to be kept until the end of the wake-up."""
+    async with serving() as stack:
+        disk = Late()
+        await stack.add("a", "0 1024 linear 7:0 0", disk)
+        disk.bytes[:] = bytes(range(256)) * (disk.size // 256)
+        client = await ready(stack.socket)
+        client.ask_all(*((Cmd.READ, n, 0, 256 << 10, b"") for n in range(12)))
+        for n in range(12):
+            assert await client.simple(256 << 10) == (0, n, bytes(disk.bytes[: 256 << 10]))
+
+
+async def test_a_client_is_dropped_when_what_was_read_cannot_be_finished(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving() as stack:
+        disk = Late()
+        disk.broken = True
+        device = await stack.add("a", "0 64 linear 7:0 0", disk)
+        client = await ready(stack.socket)
+        client.ask_all((Cmd.WRITE, 1, 0, 512, b"x" * 512), (Cmd.READ, 2, 0, 512, b""))
+        assert await client.reader.read() == b""
+        await until(lambda: not stack.listener.clients and not device.openers)
+        assert "what was read could not be finished" in caplog.text

@@ -1,15 +1,14 @@
 """How a crypt target's requests meet its cipher: together, at once, or in a thread.
 
-- Small requests of one wake-up of a connection are encrypted or decrypted together, when the plug is pulled; reads that had to
-  wait for the disk, with those that came back beside them.
-- Larger ones, up to INLINE, by themselves and at once.
+- Small requests of one wake-up of a connection are encrypted or decrypted together, when the plug is pulled. A write is parked
+  until then; a read is done, as its ciphertext is there, which nobody looks at before (nbdmap.block.io.Plug).
+- Larger ones, up to INLINE, and reads that had to wait for the disk, by themselves and at once.
 - Those above in threads: at most THREADS at a time, each with a cipher of its own, because a cipher has working memory.
 
 What is worked on together shares a buffer from a pool, which writes keep until they have ended; a single read is decrypted where
 it lies, in the buffer of the reply.
 """
 
-import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 
 from nbdmap.block.buffers import Buffers
 from nbdmap.block.device import Device
-from nbdmap.block.io import DONE, WRITE, Deferred, Io, Pending
+from nbdmap.block.io import DONE, WRITE, Deferred, Failed, Io, Pending
 from nbdmap.block.threads import Threads
 from nbdmap.errors import IoFailed
 from nbdmap.units import KIB, SECTOR
@@ -34,8 +33,8 @@ INLINE: Final = 64 * KIB
 """Larger requests are encrypted in threads, so that the others need not wait for them."""
 TOGETHER: Final = 128 * KIB
 """Bytes that are encrypted together: PIECE of nbdmap.ciphers, and what one write that is held up below keeps in memory."""
-Parked = tuple[Io, int, Deferred]
-"""A request that waits for others, and its offset."""
+Write = tuple[Io, int, Deferred]
+"""A write that waits for others, and its offset."""
 THREADS: Final = min(os.cpu_count() or 1, 4)
 
 
@@ -53,8 +52,8 @@ class Engine:
         self._others: SimpleQueue[SectorCipher] = SimpleQueue()
         self._threads = Threads("crypt")
         self._buffers = Buffers()
-        self._arrived: list[Parked] = []  # reads whose ciphertext is there
-        self._leaving: list[Parked] = []  # writes
+        self._arrived: list[tuple[Io, int]] = []  # reads whose ciphertext is there, and their offsets
+        self._leaving: list[Write] = []
 
     def use(self, make: Callable[[], "SectorCipher"]) -> None:
         """Encrypts with what `make` makes from now on. Not while a request is in flight."""
@@ -80,37 +79,37 @@ class Engine:
 
     def read(self, io: Io, offset: int) -> Pending:
         """Reads and decrypts."""
-        pending = self._device.submit(io, offset + self._shift)
+        pending = self._device.submit(io.unplugged(), offset + self._shift)
         if pending is not DONE or io.length > INLINE:
             return self._decrypt_later(pending, io, offset)
         if io.plug.active and io.length <= SMALL:
             if not self._arrived:
                 io.plug.add(self._decrypt_arrived)
-            return _park(self._arrived, io, offset)
-        self._own[0].decrypt(self._sector(offset), io.data, io.data)
+            self._arrived.append((io, offset))
+            return DONE
+        try:
+            self._own[0].decrypt(self._sector(offset), io.data, io.data)
+        except Exception as error:
+            return Failed(_failure("decryption", error))
         return DONE
 
     async def _decrypt_later(self, pending: Pending, io: Io, offset: int) -> None:
         await pending
         if io.length > SMALL:
             await self._threads.run(self._in_thread, False, self._sector(offset), io.data, io.data)
-            return
-        if not self._arrived:
-            asyncio.get_running_loop().call_soon(self._decrypt_arrived)
-        await _park(self._arrived, io, offset)
+        else:
+            self._own[0].decrypt(self._sector(offset), io.data, io.data)
 
     def _decrypt_arrived(self) -> None:
         arrived, self._arrived = self._arrived, []
-        for reads, length in _groups(arrived):
+        for first, end, length in _groups([io.length for io, _ in arrived]):
+            reads = arrived[first:end]
             room = self._buffers.take(length)
-            failure = self._together(False, reads, room)
+            self._own[0].decrypt_joined([self._sector(offset) for _, offset in reads], [io.data for io, _ in reads], room)
             at = 0
-            for io, _, deferred in reads:
-                end = at + io.length
-                if failure is None:
-                    io.data[:] = room[at:end]
-                deferred.finish(failure)
-                at = end
+            for io, _ in reads:
+                io.data[:] = room[at : at + io.length]
+                at += io.length
 
     # --- writes --------------------------------------------------------------------------------------------------------
 
@@ -121,9 +120,14 @@ class Engine:
         if io.plug.active and io.length <= SMALL:
             if not self._leaving:
                 io.plug.add(self._encrypt_leaving)
-            return _park(self._leaving, io, offset)
+            deferred = Deferred()
+            self._leaving.append((io, offset, deferred))
+            return deferred
         data = self._buffers.take(io.length)
-        self._own[0].encrypt(self._sector(offset), io.data, data)
+        try:
+            self._own[0].encrypt(self._sector(offset), io.data, data)
+        except Exception as error:
+            return Failed(_failure("encryption", error))
         return self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift)
 
     async def _encrypt_in_thread(self, io: Io, offset: int) -> None:
@@ -133,32 +137,28 @@ class Engine:
 
     def _encrypt_leaving(self) -> None:
         leaving, self._leaving = self._leaving, []
-        for writes, length in _groups(leaving):
+        for first, end, length in _groups([io.length for io, _, _ in leaving]):
+            writes = leaving[first:end]
             room = self._buffers.take(length)
-            failure = self._together(True, writes, room)
+            failure = self._encrypt_joined(writes, room)
             at = 0
             for io, offset, deferred in writes:
-                end = at + io.length
                 if failure is None:
-                    data = room[at:end]
+                    data = room[at : at + io.length]
                     deferred.follow(self._device.submit(Io(WRITE, io.length, data, io.flags, io.plug), offset + self._shift))
                 else:
                     deferred.finish(failure)
-                at = end
+                at += io.length
+
+    def _encrypt_joined(self, writes: list[Write], room: memoryview) -> IoFailed | None:
+        sectors = [self._sector(offset) for _, offset, _ in writes]
+        try:
+            self._own[0].encrypt_joined(sectors, [io.data for io, _, _ in writes], room)
+        except Exception as error:
+            return _failure("encryption", error)
+        return None
 
     # --- both ----------------------------------------------------------------------------------------------------------
-
-    def _together(self, encrypt: bool, requests: list[Parked], room: memoryview) -> IoFailed | None:
-        """Encrypts or decrypts all of them into `room`, one behind the other."""
-        begin = self._begin
-        sectors = [(offset - begin) // SECTOR for _, offset, _ in requests]
-        datas = [io.data for io, _, _ in requests]
-        try:
-            (self._own[0].encrypt_joined if encrypt else self._own[0].decrypt_joined)(sectors, datas, room)
-        except Exception as error:
-            log.exception("a cipher failed")
-            return IoFailed(f"{'encryption' if encrypt else 'decryption'} failed: {error}")
-        return None
 
     def _in_thread(self, encrypt: bool, sector: int, source: memoryview, target: memoryview) -> None:
         cipher = self._others.get()
@@ -168,18 +168,17 @@ class Engine:
             self._others.put(cipher)
 
 
-def _park(parked: list[Parked], io: Io, offset: int) -> Deferred:
-    deferred = Deferred()
-    parked.append((io, offset, deferred))
-    return deferred
+def _failure(what: str, error: Exception) -> IoFailed:
+    log.error("%s failed", what, exc_info=error)
+    return IoFailed(f"{what} failed: {error}")
 
 
-def _groups(requests: list[Parked]) -> Iterator[tuple[list[Parked], int]]:
-    """Neighbours, of TOGETHER bytes at most, and how many those are."""
+def _groups(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Neighbours, of TOGETHER bytes at most: which those are, and how many bytes."""
     start = length = 0
-    for number, (io, _, _) in enumerate(requests):
-        if length + io.length > TOGETHER:
-            yield requests[start:number], length
+    for number, one in enumerate(lengths):
+        if length + one > TOGETHER:
+            yield start, number, length
             start, length = number, 0
-        length += io.length
-    yield requests[start:], length
+        length += one
+    yield start, len(lengths), length
