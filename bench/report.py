@@ -29,8 +29,10 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def short(result: Result) -> str:
     """One line of one row, while the others are still measured."""
     values = ", ".join(f"{name} {figure(outcome.value)}" for name, outcome in result.outcomes.items())
-    ratio = result.ratio(result.baseline)
-    return f"{result.name}: {values}" + (f"; x {result.baseline} {ratio:.2f} {_verdict(result)}".rstrip() if ratio else "")
+    ratio = result.baseline_ratio
+    if not ratio:
+        return f"{result.name}: {values}"
+    return f"{result.name}: {values}; x {result.baseline or 'the best other'} {ratio:.2f} {_verdict(result)}".rstrip()
 
 
 def _verdict(result: Result) -> str:

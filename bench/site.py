@@ -105,7 +105,7 @@ class Site:
 
     def warm(self, backing: Backing) -> None:
         """Reads the file once, so that it is in the page cache."""
-        if backing not in (Backing.MEMORY, Backing.THIN):
+        if backing not in (Backing.MEMORY, Backing.THIN, Backing.TARGET):
             with self.file(backing).open("rb", buffering=0) as file:
                 buffer = bytearray(MIB)
                 while file.readinto(buffer):
