@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from nbdmap.ciphers.arrays import Bytes, Key, Words
-from nbdmap.ciphers.keyed import few_sectors, make_keyed
+from nbdmap.ciphers.keyed import Numbered, few_sectors, make_keyed
 from nbdmap.ciphers.libcrypto import find_mode
 from nbdmap.ciphers.modes import PIECE
 from nbdmap.ciphers.spec import CipherSpec
@@ -52,6 +52,8 @@ class SectorCipher:
             self._xts = XtsPlain64(memoryview(key), sector_size, iv_offset=iv_offset, large_sectors=large_sectors)
         elif plain64 and spec.chain_mode in ("xts", "cbc"):
             self._quick = find_mode(spec.chain_mode, memoryview(key))
+        self.quick = spec.cipher == "aes" and isinstance(self._keyed[0], Numbered)
+        """Whether PIECE bytes take a small part of a millisecond."""
         self._few = tuple(count * sector_size for count in few_sectors(spec, sector_size))
 
     def encrypt(self, sector: int, source: Buffer, target: Any) -> None:

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from nbdmap.block.io import DONE, READ, WRITE, Deferred, Failed, Io, Pending, Plug
+from nbdmap.block.io import DONE, READ, WRITE, Deferred, Failed, Io, Op, Pending, Plug
 from nbdmap.ciphers.keyed import Numbered
 from nbdmap.dm.table import Table
 from nbdmap.errors import IoFailed, NbdmapError
@@ -169,12 +169,25 @@ async def test_who_looks_at_what_was_read_looks_at_plaintext() -> None:
     await crypt.close()
 
 
-async def test_many_large_requests_at_once() -> None:
-    """More than there are threads and ciphers for them; the loop goes on meanwhile."""
-    table = await build(LINE, FakeDisk("7:0", 2048))
-    datas = [random.Random(seed).randbytes(128 << 10) for seed in range(8)]
-    await asyncio.gather(*(asyncio.ensure_future(write(table, at * (128 << 10), data)) for at, data in enumerate(datas)))
-    assert await asyncio.gather(*(asyncio.ensure_future(read(table, at * (128 << 10), 128 << 10)) for at in range(8))) == datas
+@pytest.mark.parametrize("line", [LINE, LINE.replace("aes", "serpent")], ids=["in slices", "in threads"])
+async def test_many_large_requests_at_once(line: str) -> None:
+    """More than there are threads and ciphers for them."""
+    table = await build(line, FakeDisk("7:0", 2048))
+    datas = [random.Random(seed).randbytes(256 << 10) for seed in range(4)]
+    await asyncio.gather(*(asyncio.ensure_future(write(table, at * (256 << 10), data)) for at, data in enumerate(datas)))
+    assert await asyncio.gather(*(asyncio.ensure_future(read(table, at * (256 << 10), 256 << 10)) for at in range(4))) == datas
+    await table.close()
+
+
+@pytest.mark.parametrize("op", [READ, WRITE])
+async def test_a_large_request_leaves_the_loop_between_its_slices(op: Op) -> None:
+    table = await build(LINE, QuickDisk("7:0", 2048))
+    turns = 0
+    request = asyncio.ensure_future(table.submit(Io(op, 1 << 20, memoryview(bytearray(1 << 20))), 0))
+    while not request.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= 8
     await table.close()
 
 
