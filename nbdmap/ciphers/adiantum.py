@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nbdmap.ciphers.arrays import SPARE, Bytes, Key
-from nbdmap.ciphers.blocks import Aes, Block
+from nbdmap.ciphers.blocks import Block, make_block
 
 IV_SIZE: Final = 32
 _RIGHT: Final = 16
@@ -93,7 +93,7 @@ class Adiantum:
         nonce = np.zeros((1, 6), np.uint32)
         nonce[0, 0] = 1
         keys = xchacha(self._key, nonce, 32 + 16 + 16 + _NH_KEY, rounds).tobytes()
-        self._aes: Block = Aes(keys[:32])
+        self._aes: Block = make_block("aes", keys[:32])
         self._header_key = int.from_bytes(keys[32:48], "little") & _CLAMP
         self._poly_key = int.from_bytes(keys[48:64], "little") & _CLAMP
         words = np.frombuffer(keys[64:], "<u4")

@@ -3,15 +3,16 @@
     block = make_block("aes", key)
     block.encrypt(source, target)
 
-AES is that of `cryptography`; the others come from libgcrypt, which Debian always has (package libgcrypt20), loaded when one is
-first asked for. Neither object may be used by two threads at once.
+AES is that of `cryptography`, and so is cast5 with keys of less than 11 bytes. The others come from libgcrypt, which Debian
+always has (package libgcrypt20), and what that lacks, cast6 and twofish with 24 bytes, from Botan (package libbotan-2-19). A
+library is loaded when it is first asked for. No object may be used by two threads at once.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
-from nbdmap.ciphers import libgcrypt
+from nbdmap.ciphers import libbotan, libgcrypt
 from nbdmap.ciphers.arrays import Bytes, Key
 from nbdmap.ciphers.spec import CipherSpec
 from nbdmap.errors import InvalidArgument, NotFound
@@ -34,17 +35,17 @@ class Block(Protocol):
         ...
 
 
-class Aes:
-    """AES with a key of 16, 24 or 32 bytes."""
+class OpenSsl:
+    """AES, or cast5, of `cryptography`."""
 
-    size = 16
-
-    def __init__(self, key: Key) -> None:
+    def __init__(self, cipher: str, key: Key) -> None:
+        from cryptography.hazmat.decrepit.ciphers.algorithms import CAST5
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-        cipher = Cipher(algorithms.AES(key), modes.ECB())
-        self.encrypt = cipher.encryptor().update_into
-        self.decrypt = cipher.decryptor().update_into
+        self.size = BLOCK_SIZES[cipher]
+        one = Cipher(algorithms.AES(key) if cipher == "aes" else CAST5(bytes(key)), modes.ECB())
+        self.encrypt = one.encryptor().update_into
+        self.decrypt = one.decryptor().update_into
 
 
 class Null:
@@ -60,12 +61,16 @@ class Null:
 
 ADIANTUM_ROUNDS: Final[Mapping[str, int]] = MappingProxyType({"xchacha12,aes": 12, "xchacha20,aes": 20})
 """What adiantum is made of, and nothing else: the rounds of its stream."""
+_SHORT_CAST5: Final = tuple(range(5, 11))
 KEY_SIZES: Final[Mapping[str, tuple[int, ...]]] = MappingProxyType(
-    {"aes": (16, 24, 32), "cipher_null": (0,), **dict.fromkeys(ADIANTUM_ROUNDS, (32,))} | libgcrypt.KEY_SIZES
+    {"aes": (16, 24, 32), "cipher_null": (0,), **dict.fromkeys(ADIANTUM_ROUNDS, (32,))}
+    | libgcrypt.KEY_SIZES
+    | libbotan.KEY_SIZES
+    | {"twofish": (16, 24, 32), "cast5": _SHORT_CAST5 + libgcrypt.KEY_SIZES["cast5"]}
 )
 """The ciphers and the bytes that their keys may have."""
 BLOCK_SIZES: Final[Mapping[str, int]] = MappingProxyType(
-    {"aes": 16, "cipher_null": 1, **dict.fromkeys(ADIANTUM_ROUNDS, 16)} | libgcrypt.BLOCK_SIZES
+    {"aes": 16, "cipher_null": 1, **dict.fromkeys(ADIANTUM_ROUNDS, 16), "cast6": 16} | libgcrypt.BLOCK_SIZES
 )
 
 
@@ -84,12 +89,14 @@ def mode_block_size(spec: CipherSpec) -> int:
 
 
 def make_block(cipher: str, key: Key) -> Block:
-    """`cipher` with `key`. Raises as check_key_size does, and NotFound where libgcrypt is missing."""
+    """`cipher` with `key`. Raises as check_key_size does, and NotFound where the library is missing."""
     check_key_size(cipher, len(key))
-    if cipher == "aes":
-        return Aes(key)
+    if cipher == "aes" or (cipher == "cast5" and len(key) in _SHORT_CAST5):
+        return OpenSsl(cipher, key)
     if cipher == "cipher_null":
         return Null()
     if cipher in ADIANTUM_ROUNDS:
-        raise NotFound(f"{cipher} is no block cipher")
+        raise InvalidArgument(f"{cipher} is no block cipher")
+    if len(key) in libbotan.KEY_SIZES.get(cipher, ()):
+        return libbotan.Botan(cipher, key)
     return libgcrypt.Gcrypt(cipher, key)

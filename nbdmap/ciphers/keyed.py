@@ -1,16 +1,15 @@
 """What the words of a cipher string and a key amount to: for each of its keys a mode over a block cipher, and IVs.
 
 Which way of working serves a mode is chosen here, by what was measured (bench/README.md): libcrypto one sector at a time for
-few or large sectors of AES, numpy over many otherwise, libgcrypt for the other ciphers.
+few or large sectors of AES, numpy over many otherwise, libgcrypt for the other ciphers that it has.
 """
 
 from typing import Protocol
 
-from nbdmap.ciphers import adiantum, libcrypto, vintage
+from nbdmap.ciphers import adiantum, libcrypto, libgcrypt, vintage
 from nbdmap.ciphers.arrays import Bytes, Key, Words
 from nbdmap.ciphers.blocks import ADIANTUM_ROUNDS, BLOCK_SIZES, check_key_size, make_block, mode_block_size
 from nbdmap.ciphers.ivs import Ivs, make_ivs
-from nbdmap.ciphers.libgcrypt import GcryptMode
 from nbdmap.ciphers.modes import BySize, Cbc, Ctr, Ecb, Lrw, Mode, Scratch, Xts
 from nbdmap.ciphers.spec import CipherSpec
 from nbdmap.errors import InvalidArgument, NotFound
@@ -86,31 +85,27 @@ def make_mode(spec: CipherSpec, key: Key, scratch: Scratch) -> Mode:
     if kind == "adiantum":
         check_key_size(cipher, len(key))
         return adiantum.Adiantum(key, ADIANTUM_ROUNDS[cipher])
-    if kind in ("xts", "lrw") and BLOCK_SIZES[cipher] != 16:
-        raise there_is_not
+    if (kind in ("xts", "lrw") and BLOCK_SIZES[cipher] != 16) or (cipher, kind) == ("cipher_null", "ctr"):
+        raise InvalidArgument(f"cipher {spec.text!r}: {kind} cannot have blocks of {BLOCK_SIZES[cipher]} bytes")
     if kind == "ecb":
         return Ecb(make_block(cipher, key), scratch)
     if kind == "lrw":
         return Lrw(make_block(cipher, key[:-_LRW_KEY]), key[-_LRW_KEY:], scratch)
+    if kind not in ("cbc", "ctr", "xts"):
+        raise there_is_not
     if kind == "xts" and len(key) % 2:
         raise InvalidArgument(f"cipher {spec.text!r}: an xts key is two keys, and {len(key)} bytes are odd")
-    check_key_size(cipher, len(key) // 2 if kind == "xts" else len(key))
-    if cipher == "cipher_null" and kind == "cbc":
-        return Cbc(make_block(cipher, key), scratch)
-    if cipher not in ("aes", "cipher_null"):
-        if kind in ("cbc", "ctr", "xts"):
-            return GcryptMode(cipher, kind, key)
-        raise there_is_not
+    size = len(key) // 2 if kind == "xts" else len(key)
+    check_key_size(cipher, size)
+    if size in libgcrypt.KEY_SIZES.get(cipher, ()):
+        return libgcrypt.GcryptMode(cipher, kind, key)
     if kind == "ctr":
         return Ctr(make_block(cipher, key), scratch)
     if kind == "cbc":
-        cbc = Cbc(make_block(cipher, key), scratch)
-        return _quickest(kind, key, cbc, *few_sectors(spec, scratch.sector_size))
-    if kind == "xts":
-        half = len(key) // 2
-        xts = Xts(make_block(cipher, key[:half]), make_block(cipher, key[half:]), scratch)
-        return _quickest(kind, key, xts, *few_sectors(spec, scratch.sector_size))
-    raise there_is_not
+        mode: Mode = Cbc(make_block(cipher, key), scratch)
+    else:
+        mode = Xts(make_block(cipher, key[:size]), make_block(cipher, key[size:]), scratch)
+    return _quickest(kind, key, mode, *few_sectors(spec, scratch.sector_size)) if cipher == "aes" else mode
 
 
 def _quickest(kind: str, key: Key, many: Mode, encrypted: int, decrypted: int) -> Mode:

@@ -100,7 +100,7 @@ def _parse_capi(text: str) -> CipherSpec:
     match = _CAPI.fullmatch(name)
     if match is None:
         if name.startswith(("authenc(", "rfc7539", "gcm(", "ccm(")):
-            raise NotFound(f"cipher {text!r}: authenticated encryption needs integrity metadata, which is not supported")
+            raise InvalidArgument(f"cipher {text!r}: authenticated encryption needs integrity metadata, which is not supported")
         raise NotFound(f"cipher {text!r}: the crypto API has no cipher {name!r}")
     if not iv_mode and match[1] != "ecb":
         raise InvalidArgument(f"cipher {text!r}: mode {match[1]} needs an IV mode, as in {name}-plain64")

@@ -51,7 +51,7 @@ def test_grammar(text: str, parts: tuple[object, ...]) -> None:
         ("capi:nomode(aes)-plain", errno.ENOENT, "there is no mode nomode(aes)"),
         ("capi:nonsense-plain", errno.ENOENT, "the crypto API has no cipher 'nonsense'"),
         ("capi:xts(aes)", errno.EINVAL, "mode xts needs an IV mode"),
-        ("capi:authenc(hmac(sha256),xts(aes))-random", errno.ENOENT, "needs integrity metadata"),
+        ("capi:authenc(hmac(sha256),xts(aes))-random", errno.EINVAL, "needs integrity metadata"),
         ("aes-xts-plain64\0", errno.EINVAL, "is not a cipher's name"),
         ("a" * 300, errno.EINVAL, "is not a cipher's name"),
     ],

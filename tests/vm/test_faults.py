@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-import pytest
-
 from nbdmap.block.io import DISCARD, FLUSH, READ, WRITE, Io
 from nbdmap.dm.device import MappedDevice
 from nbdmap.dm.table import parse_table
@@ -21,7 +19,7 @@ from nbdmap.targets import TARGETS
 from nbdmap.targets.log_writes import Flag, Logged
 from tests.crash.logwrites import load
 from tests.support.disks import FakeDisk, FakeOpener, Uevents
-from tests.vm.harness import Kernel, Unavailable, prepare
+from tests.vm.harness import Kernel
 
 DISKS: Final = 4
 SECTORS: Final = 16384
@@ -196,17 +194,6 @@ LOGGED: Final = (
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def newer() -> Kernel:
-    """Linux 6.12, whose flakey has features that 6.1 has not."""
-    try:
-        return prepare(backports=True)
-    except Unavailable as error:
-        pytest.skip(str(error))
-
-
-@pytest.mark.vm
-@pytest.mark.timeout(900)
 def test_the_kernel_does_the_same(newer: Kernel, tmp_path: Path) -> None:
     images = [tmp_path / f"disk{number}" for number in range(DISKS)]
     for number, image in enumerate(images):
