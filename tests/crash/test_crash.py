@@ -32,6 +32,8 @@ STATES = 500
 LEAST = {"persist": 1_000, "thin": 10_000}
 """How many states all runs together must have, where that is not STATES each."""
 
+pytestmark = pytest.mark.timeout(900)  # thin's states take a minute on a quick machine
+
 Recorder = Callable[[str, object], None]
 
 
