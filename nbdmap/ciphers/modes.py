@@ -100,7 +100,10 @@ class Cbc:
 
 
 class _Tweaked:
-    """XOR with a tweak for each block, ECB, XOR with the tweak. `_mix` gives the tweaks, and the source with them."""
+    """XOR with a tweak for each block, ECB, XOR with the tweak. `_mix` gives the tweaks, and the source with them.
+
+    XOR is of bytes: as words, numpy would copy what does not lie aligned, and data of a reply never does.
+    """
 
     iv_size = 16
 
@@ -111,14 +114,14 @@ class _Tweaked:
     def encrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         tweaks, mixed = self._mix(ivs, source)
         self._block.encrypt(mixed, self._scratch.behind(source.size))
-        np.bitwise_xor(words(mixed), tweaks, out=words(target))
+        np.bitwise_xor(mixed, tweaks, out=target)
 
     def decrypt(self, ivs: Bytes, source: Bytes, target: Bytes) -> None:
         tweaks, mixed = self._mix(ivs, source)
         self._block.decrypt(mixed, self._scratch.behind(source.size))
-        np.bitwise_xor(words(mixed), tweaks, out=words(target))
+        np.bitwise_xor(mixed, tweaks, out=target)
 
-    def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
+    def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Bytes, Bytes]:
         raise NotImplementedError
 
 
@@ -130,11 +133,11 @@ class Xts(_Tweaked):
         self._tweak = tweak
         self._first = np.empty(max(PIECE // scratch.sector_size, 1) * 16 + SPARE, np.uint8)
 
-    def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
+    def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Bytes, Bytes]:
         self._tweak.encrypt(ivs, self._first)
-        tweaks = self._scratch.tweaks.expand(self._first[: ivs.size])
+        tweaks = self._scratch.tweaks.expand(self._first[: ivs.size]).view(np.uint8)
         mixed = self._scratch.rows(*source.shape)
-        np.bitwise_xor(words(source), tweaks, out=words(mixed))
+        np.bitwise_xor(source, tweaks, out=mixed)
         return tweaks, mixed
 
 
@@ -191,7 +194,7 @@ class Lrw(_Tweaked):
         self._count = np.arange(scratch.sector_size // 16, dtype=np.uint64)
         self._tables = _products(key)
 
-    def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Words, Bytes]:
+    def _mix(self, ivs: Bytes, source: Bytes) -> tuple[Bytes, Bytes]:
         first = words(ivs).byteswap()
         low = first[:, 1:] + self._count
         high = first[:, :1] + (low < self._count)  # the carry
@@ -201,8 +204,8 @@ class Lrw(_Tweaked):
             if numbers[:, position].any():
                 tweaks ^= self._tables[position][numbers[:, position]]
         mixed = self._scratch.rows(*source.shape)
-        rows = tweaks.reshape(len(source), -1)
-        np.bitwise_xor(words(source), rows, out=words(mixed))
+        rows = tweaks.reshape(len(source), -1).view(np.uint8)
+        np.bitwise_xor(source, rows, out=mixed)
         return rows, mixed
 
 

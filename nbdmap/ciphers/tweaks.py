@@ -45,14 +45,14 @@ class Doubled:
     def __init__(self, rows: int, sector_size: int) -> None:
         self._words: vec[i64] = vec[i64]([0] * (rows * sector_size // 8))
         self._width: i64 = sector_size // 8
-        self._array: Words = np.frombuffer(memoryview(self._words), np.uint64)
+        self._array: Bytes = np.frombuffer(memoryview(self._words), np.uint8)
 
     def expand(self, first: Bytes) -> Words:
         """As Tweaks has it."""
-        return self.double(first.tobytes()).reshape(first.size // 16, -1)
+        return self.double(first.tobytes()).view(np.uint64).reshape(first.size // 16, -1)
 
-    def double(self, heads: bytes) -> Words:
-        """The same, one row behind the other; `heads` are the first tweaks."""
+    def double(self, heads: bytes) -> Bytes:
+        """The same as bytes, one row behind the other; `heads` are the first tweaks."""
         words = self._words
         source: i64 = 0
         at: i64 = 0
@@ -69,7 +69,7 @@ class Doubled:
                 carry: i64 = high >> 63  # all ones, or none
                 high = high << 1 | (low >> 63 & 1)
                 low = low << 1 ^ (carry & 0x87)
-        return self._array[:at]
+        return self._array[: at << 3]
 
 
 class Shifted:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from librt.strings import BytesWriter, write_i64_le
 
-from nbdmap.ciphers.arrays import SPARE, Bytes, Key, Words
+from nbdmap.ciphers.arrays import SPARE, Bytes, Key
 from nbdmap.ciphers.blocks import make_block
 from nbdmap.ciphers.modes import PIECE
 from nbdmap.ciphers.tweaks import Doubled
@@ -39,10 +39,7 @@ class XtsPlain64:
         self._mask: i64 = (1 << 64 - shift) - 1 if shift else -1  # of what a shift leaves
         self._tweaks = Doubled(PIECE // sector_size, sector_size)
         self._first = np.empty(PIECE // sector_size * 16 + SPARE, np.uint8)
-        self._mixed: Words = np.empty(PIECE // 8, np.uint64)
-        self._mixed_bytes: Bytes = self._mixed.view(np.uint8)
-        self._blocks: Words = np.empty((PIECE + SPARE) // 8, np.uint64)
-        self._blocks_bytes: Bytes = self._blocks.view(np.uint8)
+        self._mixed = np.empty(PIECE + SPARE, np.uint8)
 
     def encrypt(self, sectors: Sequence[int], sources: Sequence[Buffer], target: Any) -> None:
         """Encrypts `sources`."""
@@ -56,12 +53,12 @@ class XtsPlain64:
         self, crypt: Callable[[Any, Any], object], sectors: Sequence[int], sources: Sequence[Buffer], target: Any
     ) -> None:
         source = sources[0] if len(sources) == 1 else b"".join(sources)
-        tweaks = self._expand(self._ivs(sectors, sources))
         size = len(source)
-        mixed = self._mixed[: size >> 3]
-        np.bitwise_xor(np.frombuffer(source, np.uint64), tweaks, out=mixed)
-        crypt(self._mixed_bytes[:size], self._blocks_bytes[: size + SPARE])
-        np.bitwise_xor(self._blocks[: size >> 3], tweaks, out=np.frombuffer(target, np.uint64))
+        tweaks = self._expand(self._ivs(sectors, sources))
+        mixed = self._mixed[:size]
+        np.bitwise_xor(np.frombuffer(source, np.uint8), tweaks, out=mixed)  # of bytes, as in `modes`
+        crypt(mixed, self._mixed[: size + SPARE])
+        np.bitwise_xor(mixed, tweaks, out=np.frombuffer(target, np.uint8))
 
     def _ivs(self, sectors: Sequence[int], sources: Sequence[Buffer]) -> bytes:
         ivs = BytesWriter()
@@ -77,6 +74,6 @@ class XtsPlain64:
                 left -= self._size
         return ivs.getvalue()
 
-    def _expand(self, ivs: bytes) -> Words:
+    def _expand(self, ivs: bytes) -> Bytes:
         self._tweak.encrypt(ivs, self._first)
         return self._tweaks.double(self._first[: len(ivs)].tobytes())
