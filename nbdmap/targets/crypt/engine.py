@@ -3,10 +3,11 @@
 - Small requests of one wake-up of a connection are encrypted or decrypted together, when the plug is pulled. A write is parked
   until then; a read is done, as its ciphertext is there, which nobody looks at before (nbdmap.block.io.Plug).
 - Larger ones, and reads that had to wait for the disk, by themselves and at once.
-- Above TOGETHER in slices, between which the loop does other things. Threads would be slower: of AES each takes the interpreter
-  again and again (1 MiB: two thirds of the CPU time without them, 256 KiB: half).
-- Of slower ciphers those above INLINE in threads: at most THREADS at a time, each with a cipher of its own, because a cipher has
-  working memory.
+- Above TOGETHER in slices, between which the loop does other things: threads take the interpreter from one another, which costs
+  two thirds as much again for 1 MiB of AES and as much again for 256 KiB.
+- Large reads in threads all the same: from READ_IN_THREAD on the second core is worth more than that (1.4 times as many of 1 MiB).
+- Of slower ciphers everything above INLINE in threads. At most THREADS at a time, each with a cipher of its own, because a cipher
+  has working memory.
 
 What is worked on together shares a buffer from a pool, which writes keep until they have ended; a single read is decrypted where
 it lies, in the buffer of the reply.
@@ -40,6 +41,7 @@ TOGETHER: Final = 128 * KIB
 memory."""
 Write = tuple[Io, int, Deferred]
 """A write that waits for others, and its offset."""
+READ_IN_THREAD: Final = 512 * KIB
 THREADS: Final = min(os.cpu_count() or 1, 4)
 
 
@@ -165,12 +167,13 @@ class Engine:
     # --- both ----------------------------------------------------------------------------------------------------------
 
     async def _aside(self, encrypt: bool, sector: int, source: memoryview, target: memoryview) -> None:
-        """In slices if it is quick, in a thread if it is not, unless it is small."""
-        if len(source) > self._at_once and not self._own[0].quick:
+        """In slices or in a thread, unless it is small."""
+        size = len(source)
+        if size > self._at_once and (not self._own[0].quick or (size >= READ_IN_THREAD and not encrypt)):
             await self._threads.run(self._in_thread, encrypt, sector, source, target)
             return
         crypt = self._own[0].encrypt if encrypt else self._own[0].decrypt
-        for at in range(0, len(source), TOGETHER):
+        for at in range(0, size, TOGETHER):
             if at:
                 await asyncio.sleep(0)
             end = at + TOGETHER
