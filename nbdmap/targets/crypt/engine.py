@@ -5,7 +5,7 @@
 - Larger ones, and reads that had to wait for the disk, by themselves and at once.
 - Above TOGETHER in slices, between which the loop does other things: threads take the interpreter from one another, which costs
   two thirds as much again for 1 MiB of AES and as much again for 256 KiB.
-- Large reads in threads all the same: from READ_IN_THREAD on the second core is worth more than that (1.4 times as many of 1 MiB).
+- Large reads in threads all the same: from READ_IN_THREAD on the second core is worth more than that (1 MiB: 1.4 times as many).
 - Of slower ciphers everything above INLINE in threads. At most THREADS at a time, each with a cipher of its own, because a cipher
   has working memory.
 
