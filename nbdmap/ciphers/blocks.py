@@ -39,11 +39,19 @@ class OpenSsl:
     """AES, or cast5, of `cryptography`."""
 
     def __init__(self, cipher: str, key: Key) -> None:
-        from cryptography.hazmat.decrepit.ciphers.algorithms import CAST5
-        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+        from cryptography.hazmat.primitives.ciphers import BlockCipherAlgorithm, Cipher, modes
 
+        algorithm: BlockCipherAlgorithm
+        if cipher == "aes":
+            from cryptography.hazmat.primitives.ciphers.algorithms import AES
+
+            algorithm = AES(key)
+        else:
+            from cryptography.hazmat.decrepit.ciphers.algorithms import CAST5
+
+            algorithm = CAST5(bytes(key))
         self.size = BLOCK_SIZES[cipher]
-        one = Cipher(algorithms.AES(key) if cipher == "aes" else CAST5(bytes(key)), modes.ECB())
+        one = Cipher(algorithm, modes.ECB())
         self.encrypt = one.encryptor().update_into
         self.decrypt = one.decryptor().update_into
 

@@ -1,4 +1,4 @@
-"""How a crypt target's requests meet its cipher: together, at once, or in a thread.
+"""How a crypt target's requests meet its cipher: together, at once, in slices, or in a thread.
 
 - Small requests of one wake-up of a connection are encrypted or decrypted together, when the plug is pulled. A write is parked
   until then; a read is done, as its ciphertext is there, which nobody looks at before (nbdmap.block.io.Plug).
@@ -42,6 +42,7 @@ memory."""
 Write = tuple[Io, int, Deferred]
 """A write that waits for others, and its offset."""
 READ_IN_THREAD: Final = 512 * KIB
+"""Reads of quick ciphers from this size on are decrypted in threads, too."""
 THREADS: Final = min(os.cpu_count() or 1, 4)
 
 
